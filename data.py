@@ -168,15 +168,15 @@ def open_image(path: str, image_size: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def save_atomically(obj, path: str):
-    """torch.save, such that path holds either the old file or the whole new one, whenever the process dies.
+def save_atomically(obj, path: str, write=torch.save):
+    """write(obj, file), such that path holds either the old file or the whole new one, whenever the process dies.
 
     Written beside the target, flushed to the disk, then moved into place. OSError leaves the old file as it was.
     """
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:  # an open file: torch.save(path) would hide the reason of a failure
-            torch.save(obj, file)
+            write(obj, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -224,8 +224,8 @@ def draw_shapes(n: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
             mine = part == label
             inside[mine, 0] = shape(u[mine], v[mine], (u[mine] ** 2 + v[mine] ** 2).sqrt()).float()
         inside = nnF.avg_pool2d(inside, 2)  # (m, 1, H, W): share of the pixel that is inside
-        paper = uniform(0, 256, m, 3, 1, 1)
-        ink = (paper + uniform(80, 176, m, 3, 1, 1)) % 256  # at least 80 levels away in every channel
+        paper = uniform(0, 120, m, 3, 1, 1)
+        ink = paper + uniform(60, 135, m, 3, 1, 1)  # lighter than its paper, in every channel
         noise = 10 * torch.randn(m, 3, image_size, image_size, generator=generator)
         chunks.append((paper + inside * (ink - paper) + noise).clamp(0, 255).to(torch.uint8))
     return torch.cat(chunks), labels

@@ -1,0 +1,372 @@
+"""
+Reading a trained model: metrics, pictures, and the classification of your own images. The only reader of checkpoints.
+
+    python evaluate.py out/best.pt                        the test set: numbers, metrics.json and pictures beside it
+    python evaluate.py out/best.pt --split val            the validation images the checkpoint was chosen on
+    python evaluate.py out/best.pt --images cat.jpg       what is in this picture, and how sure is the model
+
+A checkpoint holds all that is needed (both configs, class names, normalisation), so there are no model flags.
+
+Axes:  N images   B batch   L blocks   h heads   P patches   T tokens   K classes
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+import zipfile
+
+import torch
+import torch.nn.functional as nnF
+from torch import Tensor
+
+import data
+from vit import VisionTransformer, ViTConfig
+
+FORMAT = "vit-cifar10 checkpoint 1"  # train.py writes this line into its checkpoints
+
+
+def load_checkpoint(path: str) -> dict:
+    """Read a checkpoint of train.py: plain data only, with every tensor on the CPU.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged (every stored byte is checked against its
+    CRC, which torch.load does not do) or foreign. Code hidden in a file is never run: weights_only.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except Exception as error:  # zipfile and torch.load raise half a dozen types for broken files
+        raise ValueError(f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})") from None
+    if damaged:
+        raise ValueError(f"{path} is damaged: wrong checksum in {damaged}")
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of train.py, or one of another version")
+    return checkpoint
+
+
+def build_model(checkpoint: dict) -> VisionTransformer:
+    """The trained model in eval mode: the averaged weights (EMA) where the run kept them, else the last ones."""
+    model = VisionTransformer(ViTConfig(**checkpoint["vit"]))
+    model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+    return model.eval()
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the accelerator that is there, else the CPU. ValueError for a device that is not there."""
+    found = torch.accelerator.current_accelerator(check_available=True)  # unchecked, it names what torch was built for
+    if name == "auto":
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'unknown device "{name}": expected auto, cpu, cuda or mps') from None
+    if device.type != "cpu" and (found is None or device.type != found.type):
+        raise ValueError(f'device "{name}" is not available here; there is {found.type if found else "only cpu"}')
+    if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
+        raise ValueError(f'device "{name}" is not available here; there are {torch.accelerator.device_count()}')
+    return device
+
+
+@torch.no_grad()
+def predict(model, images: Tensor, mean: tuple, std: tuple, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Logits, float32 (N, K), of uint8 images (N, 3, H, W): every image once, in order, only normalised.
+
+    In eval mode, and in the mode it was found in the model is left. dtype below float32 means autocast.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    logits = []
+    for batch in images.split(1_000):
+        x = data.normalize(batch.to(device), mean, std)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits.append(model(x).float())
+    model.train(was_training)
+    return torch.cat(logits)
+
+
+def measure(logits: Tensor, labels: Tensor, classes: list[str]) -> dict:
+    """All the numbers about predictions, as plain data. Fractions are in [0, 1]; a class never predicted has precision 0.
+
+    confusion_matrix[i][j] counts images of class i that were taken for class j. ece is the expected calibration
+    error (Guo 2017): the mean distance between confidence and accuracy, over 15 equal bins of confidence.
+    """
+    K, labels = len(classes), labels.cpu()
+    probabilities = logits.cpu().double().softmax(1)
+    confidence, predicted = probabilities.max(1)
+    correct = (predicted == labels).double()
+    confusion = torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)
+    hits = confusion.diagonal().double()
+    precision, recall = hits / confusion.sum(0).clamp(min=1), hits / confusion.sum(1).clamp(min=1)
+    bins = (confidence * 15).ceil().long().clamp(1, 15) - 1
+    gaps = torch.zeros(15, dtype=torch.double).index_add(0, bins, confidence - correct)
+    return {
+        "accuracy": correct.mean().item(),
+        "loss": nnF.cross_entropy(logits.cpu().double(), labels).item(),
+        "ece": (gaps.abs().sum() / len(labels)).item(),
+        "images": len(labels),
+        "classes": list(classes),
+        "precision": precision.tolist(),
+        "recall": recall.tolist(),
+        "f1": (2 * precision * recall / (precision + recall).clamp(min=1e-12)).tolist(),
+        "confusion_matrix": confusion.tolist(),
+    }
+
+
+def describe(metrics: dict) -> str:
+    """The metrics as a text for people."""
+    classes, width = metrics["classes"], max(len("class"), *map(len, metrics["classes"]))
+    lines = [
+        f"accuracy {metrics['accuracy']:.2%} of {metrics['images']:,} images | loss {metrics['loss']:.4f} | "
+        f"calibration error {metrics['ece']:.2%}",
+        f"{'class':<{width}}   images   precision   recall       F1",
+    ]
+    for i, name in enumerate(classes):
+        precision, recall, f1 = (metrics[key][i] for key in ("precision", "recall", "f1"))
+        count = sum(metrics["confusion_matrix"][i])
+        lines.append(f"{name:<{width}}  {count:>7,}  {precision:>10.2%}  {recall:>7.2%}  {f1:>7.2%}")
+    confusions = [
+        (count, f"{classes[i]} for {classes[j]} {count}x")
+        for i, row in enumerate(metrics["confusion_matrix"])
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
+    confusions.sort(key=lambda pair: -pair[0])
+    lines.append("commonest mistakes: " + ("; ".join(text for _, text in confusions[:5]) or "none"))
+    return "\n".join(lines)
+
+
+def attention_rollout(maps: Tensor) -> Tensor:
+    """How much each patch reaches the final prediction through all blocks: (L, B, h, T, T) -> (B, T, T).
+
+    Attention rollout (Abnar & Zuidema 2020): heads are averaged, half of each block's flow is the residual
+    connection, and blocks multiply. Row i says what final token i is made of, and sums to 1.
+    """
+    T = maps.shape[-1]
+    rollout = torch.eye(T, device=maps.device, dtype=maps.dtype)
+    for attention in maps.mean(dim=2):  # (B, T, T), first block first
+        rollout = (attention + torch.eye(T, device=maps.device, dtype=maps.dtype)) / 2 @ rollout
+    return rollout
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def new_figure(rows: int = 1, columns: int = 1, **options):
+    """A matplotlib figure and its axes, for writing to a file: no window system, no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained", **options)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def show_image(axis, image: Tensor, title: str = ""):
+    axis.imshow(image.permute(1, 2, 0).cpu().numpy())
+    axis.set_title(title, fontsize=8)
+    axis.axis("off")
+
+
+def plot_confusion_matrix(path: str, metrics: dict, title: str):
+    confusion, classes = torch.tensor(metrics["confusion_matrix"]), metrics["classes"]
+    K = len(classes)
+    share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    figure, [[axis]] = new_figure(figsize=(2.5 + 0.45 * K, 2 + 0.45 * K))
+    picture = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axis.set_xticks(range(K), classes, rotation=45, ha="right")
+    axis.set_yticks(range(K), classes)
+    axis.set_xlabel("predicted class")
+    axis.set_ylabel("true class")
+    axis.set_title(f"{title}: accuracy {metrics['accuracy']:.2%}")
+    if K <= 20:  # numbers in the squares, while they can be read
+        for i, row in enumerate(confusion.tolist()):
+            for j, count in enumerate(row):
+                if count:
+                    colour = "white" if share[i, j] > 0.5 else "black"
+                    axis.text(j, i, count, ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(picture, label="share of the true class", shrink=0.8)
+    figure.savefig(path, dpi=110)
+
+
+def read_log(path: str) -> list[dict]:
+    """The rows of log.csv, as dictionaries of floats; an empty cell is None."""
+    with open(path, newline="") as file:
+        return [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def plot_curves(path: str, history: list[dict], title: str):
+    """Loss, accuracy and learning rate by epoch."""
+    figure, [axes] = new_figure(1, 3, figsize=(13, 4))
+
+    def draw(axis, key, label, scale=1.0):
+        points = [(row["epoch"], scale * row[key]) for row in history if row.get(key) is not None]
+        if points:
+            axis.plot(*zip(*points), label=label, marker="." if len(points) < 30 else None)
+
+    draw(axes[0], "train_loss", "training batches, augmented and mixed")
+    draw(axes[0], "val_loss", "validation")
+    draw(axes[1], "train_accuracy", "training images, clean", 100)
+    draw(axes[1], "val_accuracy", "validation", 100)
+    draw(axes[1], "ema_accuracy", "validation, averaged weights", 100)
+    draw(axes[2], "lr", "at the end of the epoch")
+    for axis, name in zip(axes, ("cross-entropy loss", "accuracy (%)", "learning rate")):
+        axis.set_xlabel("epoch")
+        axis.set_title(name)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def plot_attention(path: str, model: VisionTransformer, images: Tensor, mean: tuple, std: tuple, title: str):
+    """Where the answer comes from: rollout over up to eight uint8 images (B, 3, H, W)."""
+    images = images[:8].cpu()
+    device = next(model.parameters()).device
+    rollout = attention_rollout(model.attention_maps(data.normalize(images.to(device), mean, std)))  # (B, T, T)
+    flow = rollout[:, 0, 1:] if model.config.pool == "cls" else rollout.mean(1)  # (B, P)
+    side = model.config.image_size // model.config.patch_size
+    flow = flow.view(-1, 1, side, side)
+    flow = flow / flow.amax(dim=(2, 3), keepdim=True)
+    flow = nnF.interpolate(flow, size=images.shape[-2:], mode="bilinear").cpu()
+    figure, axes = new_figure(2, len(images), figsize=(1.5 * len(images), 3.6))
+    for column, image, heat in zip(axes.T, images, flow):
+        show_image(column[0], image)
+        show_image(column[1], (image * (0.15 + 0.85 * heat)).to(torch.uint8))
+    figure.suptitle(f"{title}: attention rollout, bright where the answer comes from")
+    figure.savefig(path, dpi=110)
+
+
+def plot_mistakes(path: str, images: Tensor, labels: Tensor, logits: Tensor, classes: list[str], title: str):
+    """The wrong answers the model was surest of, up to twenty."""
+    confidence, predicted = logits.softmax(1).max(1)
+    wrong = (predicted != labels).nonzero().flatten()
+    worst = wrong[confidence[wrong].argsort(descending=True)][:20].tolist()
+    figure, axes = new_figure(max(1, -(-len(worst) // 5)), 5, figsize=(9, 1 + 2 * max(1, -(-len(worst) // 5))))
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, i in zip(axes.flat, worst):
+        text = f"{classes[predicted[i]]}, {confidence[i]:.0%} sure\nis {classes[labels[i]]}"
+        show_image(axis, images[i], text)
+    figure.suptitle(f"{title}: the {len(worst)} most confident mistakes" if worst else f"{title}: no mistakes")
+    figure.savefig(path, dpi=110)
+
+
+def plot_positions(path: str, model: VisionTransformer, title: str):
+    """Cosine similarity of each patch's learned position with all others (ViT, figure 7)."""
+    table = model.pos_embed.detach()[0, -model.config.num_patches :].cpu()  # (P, D), without the class token's
+    side = model.config.image_size // model.config.patch_size
+    similarity = nnF.cosine_similarity(table[:, None], table[None], dim=-1).view(side, side, side, side)
+    figure, axes = new_figure(side, side, figsize=(0.8 * side + 1.5, 0.8 * side + 0.8))
+    for row in range(side):
+        for column in range(side):
+            picture = axes[row, column].imshow(similarity[row, column], vmin=-1, vmax=1, cmap="RdBu_r")
+            axes[row, column].set_xticks([])
+            axes[row, column].set_yticks([])
+    figure.colorbar(picture, ax=axes, label="cosine similarity", shrink=0.7)
+    figure.suptitle(f"{title}: similarity of the learned positions,\none small map per patch", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+# --- the program -----------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    checkpoint: dict, out: str, split: str = "test", data_dir: str | None = None, device: str = "auto", dataset=None
+) -> dict:
+    """Evaluate a checkpoint on "test" or "val", write metrics.json and the pictures into out, return the metrics.
+
+    dataset: a data.Dataset that is loaded already; otherwise the one the checkpoint was trained on is loaded.
+    The files of the validation split are called *_val. ValueError if the data do not fit the checkpoint.
+    """
+    recipe, classes, mean, std = (checkpoint[key] for key in ("train", "classes", "mean", "std"))
+    if dataset is None:
+        data_dir = data_dir or recipe["data_dir"]
+        dataset = data.load(recipe["dataset"], data_dir, checkpoint["vit"]["image_size"], recipe["download_url"])
+    if list(dataset.classes) != list(classes):
+        raise ValueError(f"the checkpoint knows the classes {', '.join(classes)}; the data have {', '.join(dataset.classes)}")
+    images, labels = dataset.test_images, dataset.test_labels
+    if split == "val":
+        _, index = data.split(len(dataset.train_images), recipe["val_size"], recipe["seed"])
+        images, labels = dataset.train_images[index], dataset.train_labels[index]
+
+    model = build_model(checkpoint).to(pick_device(device))
+    logits = predict(model, images, mean, std).cpu()
+    metrics = {"split": split, "epoch": checkpoint["epoch"], **measure(logits, labels, classes)}
+
+    os.makedirs(out, exist_ok=True)
+    suffix = "" if split == "test" else f"_{split}"
+    title = f"{recipe['dataset']}, {split} images"
+    with open(os.path.join(out, f"metrics{suffix}.json"), "w") as file:
+        json.dump(metrics, file, indent=1)
+    plot_confusion_matrix(os.path.join(out, f"confusion_matrix{suffix}.png"), metrics, title)
+    plot_attention(os.path.join(out, f"attention{suffix}.png"), model, images, mean, std, title)
+    plot_mistakes(os.path.join(out, f"mistakes{suffix}.png"), images, labels, logits, classes, title)
+    plot_positions(os.path.join(out, "positions.png"), model, recipe["dataset"])
+    if os.path.exists(log := os.path.join(out, "log.csv")):
+        plot_curves(os.path.join(out, "curves.png"), read_log(log), recipe["dataset"])
+    return metrics
+
+
+def classify(checkpoint: dict, paths: list[str], device: str = "auto") -> list[str]:
+    """One line for each picture: the three likeliest classes with their probabilities."""
+    images = torch.stack([data.open_image(path, checkpoint["vit"]["image_size"]) for path in paths])
+    model = build_model(checkpoint).to(pick_device(device))
+    probabilities = predict(model, images, checkpoint["mean"], checkpoint["std"]).softmax(1)
+    lines = []
+    for path, row in zip(paths, probabilities):
+        likeliest = row.topk(min(3, len(row)))
+        answers = [f"{checkpoint['classes'][i]} {p:.1%}" for p, i in zip(*likeliest)]
+        lines.append(f"{path}: {', '.join(answers)}")
+    return lines
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, and without guessing abbreviated flags."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise ValueError(f"{message} (see --help)")
+
+
+def fail(error: Exception | str) -> int:
+    """Report what the user can mend as one line on stderr; returns the exit code, 2."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description="Evaluate a checkpoint of train.py, or classify pictures with it.")
+    parser.add_argument("checkpoint", help="such as out/best.pt")
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="images to evaluate on (default: test)")
+    parser.add_argument("--images", nargs="+", metavar="PICTURE", help="classify these pictures instead")
+    parser.add_argument("--data-dir", help="where the dataset lies (default: as in training)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    parser.add_argument("--out", help="folder for metrics.json and the pictures (default: the checkpoint's)")
+    try:
+        args = parser.parse_args(argv)
+        checkpoint = load_checkpoint(args.checkpoint)
+        if args.images:
+            print("\n".join(classify(checkpoint, args.images, args.device)))
+            return 0
+        out = args.out or os.path.dirname(args.checkpoint) or "."
+        metrics = evaluate(checkpoint, out, args.split, args.data_dir, args.device)
+    except (ValueError, OSError) as error:
+        return fail(error)
+    print(f"{args.checkpoint}, epoch {checkpoint['epoch']}, {args.split} images of {checkpoint['train']['dataset']}")
+    print(describe(metrics))
+    print(f"wrote metrics and pictures into {out}/")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
