@@ -533,7 +533,7 @@ def main(argv: list[str] | None = None):
     data = load(args.dataset, args.data_dir, args.image_size)
 
     columns, generator = 8, torch.Generator().manual_seed(0)
-    one = data.train_images[:1].repeat(columns, 1, 1, 1)
+    one = data.train_images[len(data.train_images) * 3 // 4][None].repeat(columns, 1, 1, 1)
     some = data.train_images[torch.randperm(len(data.train_images), generator=generator)[:columns]]
     fill = tuple(255 * m for m in data.mean)
     rows = {
@@ -560,7 +560,7 @@ def main(argv: list[str] | None = None):
             axis.axis("off")
         line[0].text(-0.15, 0.5, title, ha="right", va="center", transform=line[0].transAxes)
     figure.subplots_adjust(left=2.6 / (columns * 0.9 + 2.6), right=0.99, bottom=0.01, top=0.99, wspace=0.05, hspace=0.05)
-    figure.savefig(args.out, dpi=100)
+    figure.savefig(args.out, dpi=75)
     print(f"wrote {args.out}")
 
 

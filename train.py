@@ -537,8 +537,8 @@ def validate(run: Run, model: nn.Module, part) -> tuple[float, float]:
     """Loss and accuracy of a model on part = (images, labels), which are only normalised."""
     images, labels = part
     logits = evaluate.predict(model, images, run.dataset.mean, run.dataset.std, run.state.dtype)
-    loss, accuracy = nnF.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
-    return loss.item(), accuracy.item()
+    correct = (logits.argmax(1) == labels).sum()
+    return nnF.cross_entropy(logits, labels).item(), correct.item() / len(labels)
 
 
 def train_epoch(run: Run, epoch: int, announce: bool = False) -> dict:

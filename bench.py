@@ -1,0 +1,271 @@
+"""
+Side-by-side measurements, as ratios within one run: machines are shared and noisy, so seconds alone say little.
+
+    python bench.py                   one table; about two minutes on two CPU cores, and the same on a GPU
+    pip install timm vit-pytorch      adds those models to the comparison
+
+The variants of a comparison take turns, several times round. A row gives the median, the spread from the fastest
+to the slowest turn, and the ratio of its median to that of the comparison's first row (above 1: slower).
+"""
+
+import argparse
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as nnF
+
+import data
+import evaluate
+import train
+from vit import VisionTransformer, ViTConfig
+
+MEAN, STD = data.CIFAR_STATISTICS["cifar10"]
+BYTES_PER_IMAGE = 32.6e6  # memory traffic of a compiled bf16 step of DeiT-Ti, counted kernel by kernel
+
+
+def row(what: str, seconds: list[float], unit: float, unit_name: str, base: float | None = None) -> float:
+    """Print one line of the table, in units of `unit` seconds. Returns the median in seconds."""
+    middle = statistics.median(seconds)
+    spread = f"{min(seconds) / unit:.4g} .. {max(seconds) / unit:.4g}"
+    ratio = f"{middle / (base or middle):.2f}"
+    print(f"  {what:<58}{middle / unit:>9.4g} {unit_name:<10}{spread:>18}{ratio:>8}", flush=True)
+    return middle
+
+
+def compare(title: str, variants: dict, unit_name: str, device, unit: float = 1e-6, turns: int = 3) -> dict:
+    """Time variants, {name: (callable, how many things one call handles)}, by turns, and print a row each, per thing.
+
+    Returns the medians in seconds.
+    """
+    print(f"\n{title}")
+    seconds = {name: [] for name in variants}
+    for turn in range(turns + 1):  # the first turn warms up and is not counted
+        for name, (call, count) in variants.items():
+            began = time.perf_counter()
+            call()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            if turn:
+                seconds[name].append((time.perf_counter() - began) / count)
+    medians = {}
+    for name in variants:
+        medians[name] = row(name, seconds[name], unit, unit_name, medians.get(next(iter(variants))))
+    return medians
+
+
+def bench_pipeline():
+    """(a) Pixels per second: ours, an epoch at a time, against torchvision's classes, an image at a time. One thread."""
+    from PIL import Image
+    from torchvision.transforms import v2
+
+    def per_image(*first):
+        crop_flip_augment = [v2.RandomCrop(32, 4), v2.RandomHorizontalFlip(), v2.RandAugment(2, 9)]
+        to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+        return v2.Compose([*crop_flip_augment, *first, *to_float])
+
+    few = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8)
+    many = few.repeat(64, 1, 1, 1)  # 16,384 images
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in few]
+    pil, tensors = per_image(v2.PILToTensor()), per_image()
+    generator = torch.Generator().manual_seed(0)
+
+    def ours():
+        for batch in data.augment(many, "pad", 2, 9, 1.0, None, generator).split(1024):
+            data.normalize(batch, MEAN, STD)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    variants = {
+        "data.augment and data.normalize, 16,384 images at once": (ours, len(many)),
+        "torchvision, PIL image by image": (lambda: [pil(picture) for picture in pictures], len(few)),
+        "torchvision, tensor by tensor": (lambda: [tensors(image) for image in few], len(few)),
+    }
+    title = "(a) training pipeline: crop, flip, RandAugment(2, 9), normalise; one CPU thread"
+    compare(title, variants, "us/image", torch.device("cpu"))
+    torch.set_num_threads(threads)
+
+
+def peers() -> dict:
+    """Networks of DeiT-Ti's size by other hands, without dropout. What is missing is named."""
+    found = {}
+    try:
+        import timm
+
+        found["timm"] = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10)
+    except ImportError:
+        print("  (timm is not installed: pip install timm)")
+    try:
+        from vit_pytorch import ViT
+
+        sizes = {"image_size": 32, "patch_size": 4, "num_classes": 10, "dim": 192, "depth": 12, "heads": 3}
+        found["vit-pytorch"] = ViT(mlp_dim=768, **sizes)
+    except ImportError:
+        print("  (vit-pytorch is not installed: pip install vit-pytorch)")
+    from torchvision.models import VisionTransformer as TorchvisionViT
+
+    sizes = {"image_size": 32, "patch_size": 4, "num_layers": 12, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
+    found["torchvision"] = TorchvisionViT(num_classes=10, **sizes)
+    return found
+
+
+def stepper(model, images, targets, dtype=torch.float32, compiled=False):
+    """A function that does one step (forward, backward, fused AdamW) of any model."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    forward = torch.compile(model) if compiled else model
+
+    def step():
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            logits = forward(images)
+        loss = nnF.cross_entropy(logits.float(), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def bench_models(batch: int, device, half: torch.dtype):
+    """(b) Our model against others', (c) precision, attention and compilation."""
+    images = torch.randn(batch, 3, 32, 32, device=device)
+    targets = torch.full((batch, 10), 0.1, device=device)
+    config = ViTConfig(dropout=0.0)
+    models = {"ours": VisionTransformer(config), **peers()}
+    for model in models.values():
+        model.to(device).train()
+
+    def forward(model):
+        with torch.no_grad():
+            model(images)
+
+    runs = {name: (partial(forward, model), batch) for name, model in models.items()}
+    compare(f"(b) forward, float32, batch {batch}", runs, "us/image", device)
+    for dtype in (torch.float32, half):
+        runs = {name: (stepper(model, images, targets, dtype), batch) for name, model in models.items()}
+        compare(f"(b) forward, backward and AdamW, {str(dtype)[6:]}, batch {batch}", runs, "us/image", device)
+
+    variants = {}
+    for fused in (False, True):
+        for dtype in (torch.float32, half):
+            model = VisionTransformer(config).to(device)
+            for block in model.blocks:
+                block.attn.fused = fused
+            name = f"{'fused attention' if fused else 'written-out attention'}, {str(dtype)[6:]}"
+            variants[name] = (stepper(model, images, targets, dtype), batch)
+    if device.type == "cuda":  # on a CPU compiling alone would take longer than all the rest
+        step = stepper(VisionTransformer(config).to(device), images, targets, half, compiled=True)
+        variants[f"fused attention, {str(half)[6:]}, compiled"] = (step, batch)
+    compare(f"(c) the same step, batch {batch}, eager unless it says so", variants, "us/image", device)
+
+
+def bench_epoch(batch: int, device, dtype):
+    """(d) Where the time of an epoch of the `deit` recipe goes, (e) memory, (f) the roofline."""
+    count = 4 * batch
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, device=device)
+    labels = torch.randint(0, 10, (count,), device=device)
+    config = train.TrainConfig(batch_size=batch, device=str(device))
+    state = train.build_state(config, ViTConfig(), 10_000, device)
+    state.model.train()
+    parts = {"augmentation": [], "normalise and mix": [], "steps": [], "validation": [], "checkpoint": []}
+
+    def lap(name: str, began: float, scale: float) -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        parts[name].append((time.perf_counter() - began) * scale)
+        return time.perf_counter()
+
+    per_epoch = 45_000 / count
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(4):
+            now = time.perf_counter()
+            batches = train.epoch_batches(images, labels, MEAN, STD, 10, config, epoch=turn)
+            now = lap("augmentation", now, per_epoch)
+            for x, y in batches:
+                now = lap("normalise and mix", now, per_epoch * len(batches))
+                train.train_step(state, x, y, config)
+                now = lap("steps", now, per_epoch * len(batches))
+            now = time.perf_counter()
+            evaluate.predict(state.forward, images, MEAN, STD, state.dtype)
+            now = lap("validation", now, 7_000 / count)  # 5,000 validation and 2,000 clean training images
+            data.save_atomically(train.pack(state), f"{folder}/last.pt")
+            lap("checkpoint", now, 1.0)
+            if turn == 0:  # warm-up, and compiling
+                parts = {name: [] for name in parts}
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+    print(f"\n(d) an epoch of `deit`, 45,000 images, from pieces of {count:,}; the last column is the share")
+    total = sum(statistics.median(times) for times in parts.values())
+    for name, times in parts.items():
+        row(name, times, 1.0, "s/epoch", total)
+
+    print("\n(e) peak memory")
+    print(f"  host, this whole program: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    if device.type == "cuda":
+        print(f"  device, training at batch {batch}: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+
+    peak = train.measure_peak(device, state.dtype)
+    source = torch.empty(2**28 if device.type == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    copy = {"copy of a gigabyte" if device.type == "cuda" else "copy of 256 MB": (lambda: target.copy_(source), 1)}
+    [moved] = compare("(f) roofline, against what this machine does", copy, "ms", device, unit=1e-3).values()
+    bandwidth = 2 * source.numel() * 4 / moved  # every byte is read once and written once
+    rate = 45_000 / statistics.median(parts["steps"])
+    flops = 3 * ViTConfig().flops_per_image
+    print(f"  matrix product {peak / 1e12:.2f} TFLOP/s in {str(state.dtype)[6:]}, copy {bandwidth / 1e9:,.0f} GB/s")
+    print(f"  steps {rate:,.0f} images/s: MFU {rate * flops / peak:.1%} of the arithmetic")
+    if device.type == "cuda":
+        print(f"  and {rate * BYTES_PER_IMAGE / bandwidth:.1%} of the memory bandwidth, at {BYTES_PER_IMAGE / 1e6} MB an image")
+
+
+def bench_scaling(batch: int, device, dtype):
+    """(g) How the cost of a step grows."""
+    base = ViTConfig(dropout=0.0, depth=4)
+    variants = {}
+    for title, config, size in (
+        (f"depth 4, 65 tokens, batch {batch}", base, batch),
+        (f"depth 4, 65 tokens, batch {batch // 4}", base, batch // 4),
+        (f"depth 8, 65 tokens, batch {batch}", replace(base, depth=8), batch),
+        (f"depth 4, 17 tokens, batch {batch}", replace(base, patch_size=8), batch),
+        (f"depth 4, 257 tokens, batch {batch}", replace(base, patch_size=2), batch),
+    ):
+        x, y = torch.randn(size, 3, 32, 32, device=device), torch.full((size, 10), 0.1, device=device)
+        step = stepper(VisionTransformer(config).to(device), x, y, dtype)
+        variants[title] = (step, size)
+    compare("(g) growth of a step's cost", variants, "us/image", device)
+    images = torch.randint(0, 256, (16_384, 3, 32, 32), dtype=torch.uint8, device=device)
+    generator = torch.Generator().manual_seed(0)
+    variants = {}
+    for n in (16_384, 2_048, 256):
+        call = partial(data.augment, images[:n], "pad", 2, 9, 1.0, None, generator)
+        variants[f"{n:,} images in one call"] = (call, n)
+    compare("(g) growth of the augmentation's cost", variants, "us/image", device)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = evaluate.Parser(description="Measure this program's pieces side by side.")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    parser.add_argument("--batch-size", type=int, help="of the steps (default: 1024 on a GPU, 32 on a CPU)")
+    try:
+        args = parser.parse_args(argv)
+        device = evaluate.pick_device(args.device)
+    except ValueError as error:
+        return evaluate.fail(error)
+    batch = args.batch_size or (32 if device.type == "cpu" else 1024)
+    dtype = train.pick_dtype("auto", device)
+    facts = train.versions(device)
+    print(f"{facts['device']}, {torch.get_num_threads()} CPU threads, torch {facts['torch']}, commit {facts['commit']}")
+    print(f"  {'':<58}{'median':>9} {'':<10}{'fastest .. slowest':>18}{'ratio':>8}")
+    bench_pipeline()
+    bench_models(batch, device, torch.bfloat16 if dtype == torch.float32 else dtype)
+    bench_epoch(batch, device, dtype)
+    bench_scaling(batch, device, dtype)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
