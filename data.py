@@ -81,7 +81,7 @@ def load_cifar(dataset: str, data_dir: str, download_url: str | None = None) -> 
     source = type(official.__name__, (official,), {"url": download_url or official.url})
     try:  # download=True also unpacks a tarball that is already there, without touching the network
         train, test = (source(data_dir, train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # the network, the server and the md5 check each raise types of their own
         raise OSError(
             f"cannot get {dataset} ({error}). Put {official.filename} (md5 {official.tgz_md5}) into {data_dir}/, "
             f"or name a mirror with --download-url, or see everything run without it: --preset demo"
@@ -141,7 +141,8 @@ def list_images(root: str) -> tuple[list[str], list[tuple[str, int]]]:
     from torchvision.datasets import folder
 
     def visible(path):
-        return not os.path.basename(path).startswith(".") and folder.is_image_file(path)
+        hidden = any(part.startswith(".") for part in os.path.relpath(path, root).split(os.sep))
+        return not hidden and folder.is_image_file(path)
 
     if not os.path.isdir(root):
         raise FileNotFoundError(f"no folder {root}: expected {root}/<class>/ with pictures in it")
@@ -161,7 +162,12 @@ def open_image(path: str, image_size: int) -> Tensor:
 
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)  # upright, as the camera was held
+            if image.mode.startswith("I;16"):  # 16 bits of grey, which convert() would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if "transparency" in image.info:
+                image = image.convert("RGBA")
+            image = image.convert("RGB")
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... for broken files
         raise ValueError(f"cannot read the image {path}: {error}") from None
     image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
@@ -556,7 +562,7 @@ def main(argv: list[str] | None = None):
     figure, axes = plt.subplots(len(rows), columns, figsize=(columns * 0.9 + 2.6, len(rows) * 0.9))
     for line, (title, images) in zip(axes, rows.items()):
         for axis, image in zip(line, images):
-            axis.imshow(image.permute(1, 2, 0))
+            axis.imshow(image.permute(1, 2, 0).numpy())
             axis.axis("off")
         line[0].text(-0.15, 0.5, title, ha="right", va="center", transform=line[0].transAxes)
     figure.subplots_adjust(left=2.6 / (columns * 0.9 + 2.6), right=0.99, bottom=0.01, top=0.99, wspace=0.05, hspace=0.05)
