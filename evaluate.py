@@ -47,6 +47,13 @@ def load_checkpoint(path: str) -> dict:
         raise ValueError(f"{path} is damaged: wrong checksum in {damaged}")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of train.py, or one of another version")
+    try:
+        build_model(checkpoint)
+        missing = {"train", "classes", "mean", "std", "epoch"} - set(checkpoint)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        missing = [type(error).__name__]
+    if missing:
+        raise ValueError(f"{path} does not hold a whole model and its data ({', '.join(missing)})")
     return checkpoint
 
 
@@ -175,11 +182,11 @@ def show_image(axis, image: Tensor, title: str = ""):
 
 
 def plot_confusion_matrix(path: str, metrics: dict, title: str):
-    confusion, classes = torch.tensor(metrics["confusion_matrix"]), metrics["classes"]
+    confusion, classes = torch.tensor(metrics["confusion_matrix"]), metrics["classes"]  # (K, K)
     K = len(classes)
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     figure, [[axis]] = new_figure(figsize=(2.5 + 0.45 * K, 2 + 0.45 * K))
-    picture = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    picture = axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.set_xticks(range(K), classes, rotation=45, ha="right")
     axis.set_yticks(range(K), classes)
     axis.set_xlabel("predicted class")
@@ -267,7 +274,7 @@ def plot_positions(path: str, model: VisionTransformer, title: str):
     figure, axes = new_figure(side, side, figsize=(0.8 * side + 1.5, 0.8 * side + 0.8))
     for row in range(side):
         for column in range(side):
-            picture = axes[row, column].imshow(similarity[row, column], vmin=-1, vmax=1, cmap="RdBu_r")
+            picture = axes[row, column].imshow(similarity[row, column].numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
             axes[row, column].set_xticks([])
             axes[row, column].set_yticks([])
     figure.colorbar(picture, ax=axes, label="cosine similarity", shrink=0.7)

@@ -408,6 +408,8 @@ def resolve(preset: dict, flags: dict) -> tuple[dict, dict | None]:
     checkpoint = check_out(config)
     if checkpoint:
         saved = {**checkpoint["train"], **checkpoint["vit"]}
+        if "lr" not in flags and "batch_size" in flags:
+            values.pop("lr")  # scaled to the batch for a new run; this one knows its own
         for name, value in values.items():
             if name in saved and name not in MAY_CHANGE and value != saved[name]:
                 flag = "--" + name.replace("_", "-")
@@ -489,7 +491,10 @@ def prepare(argv: list[str] | None, rank: int, world: int) -> Run:
         data_then = tuple(checkpoint[key] for key in ("classes", "mean", "std", "train_images"))
         if data_now != data_then:
             raise ValueError(f"the images of {config.data_dir} are not those the run in {config.out} was trained on")
-        unpack(checkpoint, state)
+        try:
+            unpack(checkpoint, state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{config.out}/last.pt does not hold the whole state of a run ({error!r})") from None
         run.epoch, run.best, run.history = (checkpoint[key] for key in ("epoch", "best", "history"))
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
