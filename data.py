@@ -79,9 +79,12 @@ def load_cifar(dataset: str, data_dir: str, download_url: str | None = None) -> 
 
     official = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
     source = type(official.__name__, (official,), {"url": download_url or official.url})
+    is_new = not os.path.exists(data_dir)
     try:  # download=True also unpacks a tarball that is already there, without touching the network
         train, test = (source(data_dir, train=train, download=True) for train in (True, False))
     except Exception as error:  # the network, the server and the md5 check each raise types of their own
+        if is_new and os.path.isdir(data_dir) and not os.listdir(data_dir):
+            os.rmdir(data_dir)  # nothing came: leave no trace
         raise OSError(
             f"cannot get {dataset} ({error}). Put {official.filename} (md5 {official.tgz_md5}) into {data_dir}/, "
             f"or name a mirror with --download-url, or see everything run without it: --preset demo"
@@ -150,7 +153,11 @@ def list_images(root: str) -> tuple[list[str], list[tuple[str, int]]]:
     if not classes:
         raise FileNotFoundError(f"no class folders in {root}: expected {root}/<class>/ with pictures in it")
     numbers = {name: i for i, name in enumerate(classes)}
-    return classes, folder.make_dataset(root, numbers, is_valid_file=visible)  # FileNotFoundError: an empty class
+    files = folder.make_dataset(root, numbers, is_valid_file=visible, allow_empty=True)
+    empty = set(range(len(classes))) - {label for _, label in files}
+    if empty:
+        raise FileNotFoundError(f"no pictures in {os.path.join(root, classes[min(empty)])}")
+    return classes, files
 
 
 def open_image(path: str, image_size: int) -> Tensor:
@@ -165,6 +172,8 @@ def open_image(path: str, image_size: int) -> Tensor:
             image = ImageOps.exif_transpose(image)  # upright, as the camera was held
             if image.mode.startswith("I;16"):  # 16 bits of grey, which convert() would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.mode in ("I", "F"):  # 32 bits or floats: nobody knows what its white is
+                raise ValueError(f"pixels of mode {image.mode} are not supported")
             if "transparency" in image.info:
                 image = image.convert("RGBA")
             image = image.convert("RGB")

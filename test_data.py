@@ -259,6 +259,16 @@ def test_a_server_that_answers_nonsense_is_the_same_one_line_error(tmp_path, mon
         data.load("cifar10", str(tmp_path), 32)
 
 
+def test_a_download_that_fails_leaves_no_folder_behind(tmp_path, monkeypatch):
+    """But a folder that was there stays, and so does what lies in it."""
+    monkeypatch.setattr(urllib.request, "urlopen", mock.Mock(side_effect=OSError("no network")))
+    (tmp_path / "old").mkdir()
+    for folder in ("new", "old"):
+        with pytest.raises(OSError, match="no network"):
+            data.load("cifar10", str(tmp_path / folder), 32)
+    assert os.listdir(tmp_path) == ["old"]
+
+
 @both_cifars
 def test_cifar_is_refused_at_any_other_size_with_both_numbers_in_the_message(dataset):
     with pytest.raises(ValueError, match="32x32.*48"):
@@ -330,6 +340,12 @@ def test_hidden_folders_inside_a_class_are_skipped(tmp_path):
     assert len(load_folder(tmp_path).train_images) == 5
 
 
+def test_a_dataset_may_lie_below_a_hidden_folder(tmp_path):
+    """In ~/.cache/pictures nothing is hidden but what is hidden there."""
+    train, _ = make_folder(tmp_path / ".cache")
+    assert torch.equal(load_folder(tmp_path / ".cache").train_images, train)
+
+
 def test_a_missing_folder_is_named_with_what_it_should_hold(tmp_path):
     make_folder(tmp_path)
     (tmp_path / "test").rename(tmp_path / "validation")
@@ -350,8 +366,9 @@ def test_an_empty_class_is_refused_by_name(tmp_path):
     make_folder(tmp_path)
     (tmp_path / "train/emu").mkdir()
     (tmp_path / "test/emu").mkdir()
-    with pytest.raises(FileNotFoundError, match="emu"):
+    with pytest.raises(FileNotFoundError) as caught:
         load_folder(tmp_path)
+    assert str(tmp_path / "train/emu") in str(caught.value)
 
 
 def test_different_classes_in_train_and_test_are_refused_by_name(tmp_path):
@@ -404,6 +421,14 @@ def test_a_palette_with_transparency_is_read_without_a_warning(tmp_path):
     PALETTE.save(tmp_path / "a.png", transparency=bytes(range(256)))
     expected = np.array([GREY // 7, 255 - GREY // 7, GREY])
     assert torch.equal(data.open_image(str(tmp_path / "a.png"), 6), torch.from_numpy(expected))
+
+
+def test_pictures_without_a_known_white_are_refused_by_their_path(tmp_path):
+    """PIL would clip floats and 32-bit integers at 255, to black or white pictures."""
+    path = tmp_path / "a.tiff"
+    Image.fromarray(GREY.astype(np.float32)).save(path)
+    with pytest.raises(ValueError, match="a.tiff.*mode F"):
+        data.open_image(str(path), 6)
 
 
 @given(st.tuples(st.integers(1, 40), st.integers(1, 40)), seeds)
@@ -1411,13 +1436,13 @@ def place(images):
     return torch.stack(moments, dim=1) / area[:, None]  # (N, 2)
 
 
-@pytest.mark.parametrize("feature", [colour, place])
-def test_mean_colour_and_position_do_not_give_the_class_away(feature, shapes):
-    """Chance is 10 %, with a deviation of 0.95 % over 1,000 images. Colour stays there; triangles
-    and crescents are heavier on one side, which is worth 15 %."""
+@pytest.mark.parametrize("feature, limit", [(colour, 0.16), (place, 0.2)])
+def test_mean_colour_and_position_do_not_give_the_class_away(feature, limit, shapes):
+    """Chance is 10 %; over 1,000 images its deviation is 0.95 %, so 16 % is 6 of them away. Place
+    may give a little more: triangles and crescents are heavier on one side, worth 15 %."""
     fit, labels, test, truth = shapes
     found = nearest_mean(feature(fit), labels, feature(test))
-    assert (found == truth).double().mean() < 0.2
+    assert (found == truth).double().mean() < limit
 
 
 def test_no_linear_classifier_on_pixels_reads_the_shapes(shapes):
@@ -1434,7 +1459,7 @@ def test_no_linear_classifier_on_pixels_reads_the_shapes(shapes):
 
 
 def test_every_shape_stands_out_from_its_paper(shapes):
-    """Ink is at least 80 levels away from the paper in each channel: a twentieth to a third of
+    """Ink is at least 60 levels lighter than its paper in each channel: a twentieth to a third of
     every picture is unlike its border, where noise alone would be nothing or everything."""
     share = foreground(shapes[0]).mean((1, 2))
     assert 0.04 < share.min() and share.max() < 0.4

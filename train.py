@@ -445,9 +445,9 @@ class Run:
             print(text, flush=True)
 
 
-def prepare(argv: list[str] | None, rank: int, world: int) -> Run:
+def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     """Everything up to the first step. Whatever the user can have got wrong is a ValueError or an OSError in here."""
-    values, checkpoint = resolve(*parse(argv))
+    values, checkpoint = resolve(preset, flags)
     config, vit_config = build_configs(values)
     device = evaluate.pick_device(config.device)
     if config.device == "auto" and device.type == "cpu":
@@ -750,8 +750,9 @@ def main(argv: list[str] | None = None) -> int:
     out = TrainConfig.out
     try:
         try:
-            out = parse(argv)[1].get("out", out)
-            run = prepare(argv, rank, world)
+            preset, flags = parse(argv)
+            out = flags.get("out", out)
+            run = prepare(preset, flags, rank, world)
         except (ValueError, OSError) as error:
             return evaluate.fail(error) if rank == 0 else 2
         train(run, began, argv)
