@@ -310,15 +310,17 @@ def evaluate(
 
     os.makedirs(out, exist_ok=True)
     suffix = "" if split == "test" else f"_{split}"
-    title = f"{recipe['dataset']}, {split} images"
+    name = recipe["dataset"] if recipe["dataset"] != "folder" else os.path.basename(os.path.abspath(recipe["data_dir"]))
+    title = f"{name}, {split} images"
     with open(os.path.join(out, f"metrics{suffix}.json"), "w") as file:
         json.dump(metrics, file, indent=1)
     plot_confusion_matrix(os.path.join(out, f"confusion_matrix{suffix}.png"), metrics, title)
-    plot_attention(os.path.join(out, f"attention{suffix}.png"), model, images, mean, std, title)
+    some = images[:: max(1, len(images) // 8)]  # from all over the set: a folder is sorted by class
+    plot_attention(os.path.join(out, f"attention{suffix}.png"), model, some, mean, std, title)
     plot_mistakes(os.path.join(out, f"mistakes{suffix}.png"), images, labels, logits, classes, title)
-    plot_positions(os.path.join(out, "positions.png"), model, recipe["dataset"])
+    plot_positions(os.path.join(out, "positions.png"), model, name)
     if os.path.exists(log := os.path.join(out, "log.csv")):
-        plot_curves(os.path.join(out, "curves.png"), read_log(log), recipe["dataset"])
+        plot_curves(os.path.join(out, "curves.png"), read_log(log), name)
     return metrics
 
 

@@ -54,7 +54,7 @@ class ViTConfig:
             raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
-        if not (math.isfinite(self.mlp_ratio) and self.mlp_dim >= 1):
+        if not 1 <= self.dim * self.mlp_ratio < math.inf:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} times dim {self.dim} leaves no hidden layer")
         for name in ("dropout", "attn_dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
@@ -227,7 +227,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim)) if config.pool == "cls" else None
         self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens, config.dim))
         self.dropout = nn.Dropout(config.dropout)
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(TransformerEncoderBlock(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.head = nn.Linear(config.dim, config.num_classes)
