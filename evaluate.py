@@ -217,7 +217,7 @@ def plot_curves(path: str, history: list[dict], title: str):
         if points:
             axis.plot(*zip(*points), label=label, marker="." if len(points) < 30 else None)
 
-    draw(axes[0], "train_loss", "training batches, augmented and mixed")
+    draw(axes[0], "train_loss", "training batches, as augmented")
     draw(axes[0], "val_loss", "validation")
     draw(axes[1], "train_accuracy", "training images, clean", 100)
     draw(axes[1], "val_accuracy", "validation", 100)

@@ -1,18 +1,18 @@
 """
 A Vision Transformer, bottom-up: every name is defined before it is used.
 
-    images                                  (B, C, H, W)    normalised pixels
-      PatchEmbedding                        (B, P, D)       cut into patches, project each to a vector
-      class token first, then positions     (B, N, D)       N = P + 1; with pool="mean" there is no class token, N = P
-      TransformerEncoderBlock x depth       (B, N, D)       x + Attention(Norm(x)), then x + MLP(Norm(x))
-      final norm, then pool                 (B, D)          the class token, or the mean over tokens
-      head                                  (B, K)          logits
+    images                              (B, C, H, W)   normalised pixels
+      PatchEmbedding                    (B, P, D)      cut into patches, map each to a vector
+      class token first, positions      (B, N, D)      N = P + 1; or P with pool="mean", without it
+      TransformerEncoderBlock x depth   (B, N, D)      x + Attention(Norm(x)), then x + MLP(Norm(x))
+      final norm, then pool             (B, D)         the class token, or the mean over tokens
+      head                              (B, K)         logits
 
 Axes:  B batch   C channels   H, W image height and width   P patches   N tokens
        D model width (dim)    h heads   d = D / h width of a head       K classes
 
-The papers: Vaswani et al. 2017 (Transformer), Dosovitskiy et al. 2021 (ViT), Touvron et al. 2021 (DeiT).
-Parameter names and shapes are timm's, so weights can be exchanged with
+The papers: Vaswani et al. 2017 (Transformer), Dosovitskiy et al. 2021 (ViT), Touvron et al. 2021
+(DeiT). Parameter names and shapes are timm's, so weights can be exchanged with
 timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10).
 
 `python vit.py` prints a tour of every shape.
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Everything that determines the network, and nothing else. The defaults are DeiT-Ti for 32x32 images.
+    """Everything that determines the network, and nothing else. The defaults are DeiT-Ti at 32x32.
 
     Raises ValueError, with both numbers in the message, for a combination that cannot be built.
     """
@@ -43,19 +43,21 @@ class ViTConfig:
     mlp_ratio: float = 4.0  # hidden width of the MLP / dim
     dropout: float = 0.1  # after the embedding and after both layers of each MLP
     attn_dropout: float = 0.0  # on the attention weights
-    drop_path: float = 0.0  # chance of skipping the last block's branches; grows linearly from 0 at the first
+    drop_path: float = 0.0  # chance to skip a branch of the last block; rises linearly from 0
     pool: str = "cls"  # what the head reads: "cls" (the class token) or "mean" (the average token)
 
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "in_channels", "num_classes", "dim", "depth", "heads"):
+        for name in "image_size patch_size in_channels num_classes dim depth heads".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+            image, patch = self.image_size, self.patch_size
+            raise ValueError(f"image_size {image} is not divisible by patch_size {patch}")
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
         if not 1 <= self.dim * self.mlp_ratio < math.inf:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio} times dim {self.dim} leaves no hidden layer")
+            ratio = f"mlp_ratio {self.mlp_ratio} times dim {self.dim}"
+            raise ValueError(f"{ratio} leaves no hidden layer")
         for name in ("dropout", "attn_dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -82,8 +84,8 @@ class ViTConfig:
     def flops_per_image(self) -> int:
         """Floating-point operations of one forward pass of one image, a multiply-add counted as 2.
 
-        Matrix products only: norms, softmax and GELU are below 1 %. A training step costs three times
-        this (forward, gradient by inputs, gradient by weights).
+        Matrix products only: norms, softmax and GELU are below 1 %. A training step costs three
+        times this (forward, gradient by inputs, gradient by weights).
         """
         N, D = self.num_tokens, self.dim
         patches = self.num_patches * self.in_channels * self.patch_size**2 * D
@@ -94,25 +96,28 @@ class ViTConfig:
 
 def expect(x: Tensor, *shape: int | str):
     """Assert that x has this shape; a letter stands for any size."""
-    fits = x.ndim == len(shape) and all(isinstance(s, str) or s == n for s, n in zip(shape, x.shape))
-    assert fits, f"expected ({', '.join(map(str, shape))}), got {tuple(x.shape)}"
+    fits = all(isinstance(want, str) or want == got for want, got in zip(shape, x.shape))
+    expected = ", ".join(map(str, shape))
+    assert fits and x.ndim == len(shape), f"expected ({expected}), got {tuple(x.shape)}"
 
 
 class PatchEmbedding(nn.Module):
-    """(B, C, H, W) -> (B, P, D): cut the image into patches and map each linearly to D numbers (ViT, eq. 1).
+    """(B, C, H, W) -> (B, P, D): cut the image into patches, map each to D numbers (ViT, eq. 1).
 
-    A convolution whose stride equals its kernel reads every pixel exactly once, so one call both cuts and
-    projects. The patches come out in reading order: left to right, then top to bottom.
+    A convolution whose stride equals its kernel reads every pixel exactly once, so one call both
+    cuts and projects. The patches come out in reading order: left to right, then top to bottom.
     """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.shape = (config.in_channels, config.image_size, config.image_size)
-        self.proj = nn.Conv2d(config.in_channels, config.dim, config.patch_size, stride=config.patch_size)
+        patch = config.patch_size
+        self.proj = nn.Conv2d(config.in_channels, config.dim, kernel_size=patch, stride=patch)
 
     def forward(self, images: Tensor) -> Tensor:
-        if tuple(images.shape[1:]) != self.shape:  # images come from the user: an error, not an assertion
-            raise ValueError(f"expected images of shape (B, {', '.join(map(str, self.shape))}), got {tuple(images.shape)}")
+        if tuple(images.shape[1:]) != self.shape:  # the user's images: an error, not an assertion
+            expected = ", ".join(map(str, self.shape))
+            raise ValueError(f"expected images of shape (B, {expected}), got {tuple(images.shape)}")
         x = self.proj(images)  # (B, D, H/patch, W/patch)
         return x.flatten(2).transpose(1, 2)  # (B, P, D)
 
@@ -120,9 +125,9 @@ class PatchEmbedding(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
     """Scaled dot-product attention: softmax(q k^T / sqrt(d)) v (Vaswani 2017, eq. 1).
 
-    q, k, v: (..., N, d). Returns the output (..., N, d) and the weights (..., N, N): row i says how much
-    token i reads from each token, and sums to 1. Dropout silences single weights on their way to v.
-    The scale keeps the scores' variance at 1 whatever the width d of a head.
+    q, k, v: (..., N, d). Returns the output (..., N, d) and the weights (..., N, N): row i says how
+    much token i reads from each token, and sums to 1. Dropout silences single weights on their way
+    to v. The scale keeps the scores' variance at 1 whatever the width d of a head.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (..., N, N)
     weights = scores.softmax(dim=-1)
@@ -130,12 +135,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> tuple[Te
 
 
 class MultiHeadAttention(nn.Module):
-    """(B, N, D) -> (B, N, D): every token reads from all tokens, in h independent ways (Vaswani 2017, 3.2.2).
+    """(B, N, D) -> (B, N, D): every token reads from all tokens, in h independent ways.
 
-    torch has nn.MultiheadAttention; this one exists to be read. `attention` above is the definition;
-    F.scaled_dot_product_attention computes the same without storing the weights. `fused` picks one; left at
-    None it is the fused call on accelerators and the formula on a CPU, where it is the faster of the two at
-    65 tokens (bench.py measures it).
+    Vaswani 2017, section 3.2.2. torch has nn.MultiheadAttention; this one exists to be read.
+    `attention` above is the definition; F.scaled_dot_product_attention computes the same without
+    storing the weights. `fused` picks one; left at None it is the fused call on accelerators and
+    the formula on a CPU, where it is the faster of the two at 65 tokens (bench.py measures it).
     """
 
     fused: bool | None = None
@@ -161,11 +166,11 @@ class MultiHeadAttention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         else:
             x, _ = attention(q, k, v, dropout)
-        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, h, d), then the heads side by side: (B, N, D)
+        return self.proj(x.transpose(1, 2).flatten(2))  # the heads side by side: (B, N, D)
 
 
 class MLP(nn.Module):
-    """(B, N, D) -> (B, N, D): two linear layers around a GELU, on every token alone (ViT, appendix A)."""
+    """(B, N, D) -> (B, N, D): two linear layers around a GELU, on each token alone (ViT, 3.1)."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -180,9 +185,10 @@ class MLP(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training, zero a whole branch for a random share of the images.
+    """Stochastic depth (Huang 2016): in training, zero a whole branch for some of the images.
 
-    The others are divided by the chance of being kept, so the mean is unchanged and evaluation needs no correction.
+    The others are divided by the chance of being kept, so the mean is unchanged and evaluation
+    needs no correction.
     """
 
     def __init__(self, rate: float):
@@ -197,10 +203,10 @@ class DropPath(nn.Module):
 
 
 class TransformerEncoderBlock(nn.Module):
-    """(B, N, D) -> (B, N, D): attention moves information between tokens, the MLP works on each (ViT, eq. 2 and 3).
+    """(B, N, D) -> (B, N, D): attention moves information between tokens, the MLP works on each.
 
-    Pre-norm: the norm stands inside each branch and the residual stream itself is never normalised, so
-    gradients reach the first block unhindered.
+    ViT, eq. 2 and 3. Pre-norm: the norm stands inside each branch and the residual stream itself is
+    never normalised, so gradients reach the first block unhindered.
     """
 
     def __init__(self, config: ViTConfig, drop_path: float):
@@ -218,13 +224,17 @@ class TransformerEncoderBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """(B, C, H, W) normalised images -> (B, K) logits (ViT, section 3.1). ValueError for images of another shape."""
+    """(B, C, H, W) normalised images -> (B, K) logits (ViT, section 3.1).
+
+    ValueError for images of another shape.
+    """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbedding(config)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim)) if config.pool == "cls" else None
+        has_token = config.pool == "cls"
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim)) if has_token else None
         self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens, config.dim))
         self.dropout = nn.Dropout(config.dropout)
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
@@ -235,9 +245,10 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """All initialisation, in one place: biases 0, LayerNorm gains 1, everything else normal with std 0.02.
+        """All initialisation, in one place: biases 0, LayerNorm gains 1, the rest normal, std 0.02.
 
-        DeiT's choice. (It calls it truncated, but at +-2 = 100 standard deviations nothing is ever cut.)
+        DeiT's choice. (It calls it truncated, but at +-2 = 100 standard deviations nothing is ever
+        cut.)
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -253,8 +264,9 @@ class VisionTransformer(nn.Module):
         if self.cls_token is not None:
             cls_token = self.cls_token.to(x.dtype).expand(len(x), -1, -1)
             x = torch.cat([cls_token, x], dim=1)  # (B, N, D)
-        # Under autocast x is bf16 or fp16 here and the table is float32: added as it is, the sum, and with
-        # it the residual stream of all blocks, would silently be float32 and cost bandwidth.
+        # Under autocast x is bf16 or fp16 here and the table is float32: added as it is, the sum,
+        # and with it the residual stream of all blocks, would silently be float32 and cost
+        # bandwidth.
         return self.dropout(x + self.pos_embed.to(x.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -269,7 +281,8 @@ class VisionTransformer(nn.Module):
     def attention_maps(self, images: Tensor) -> Tensor:
         """The attention weights of every block, (depth, B, h, N, N), by the written-out formula.
 
-        Call it in eval mode, as for any prediction: in training, dropout changes what the blocks see.
+        Call it in eval mode, as for any prediction: in training, dropout changes what the blocks
+        see.
         """
         x, maps = self.embed(images), []
         for block in self.blocks:
@@ -290,25 +303,30 @@ def main():
 
     seen = {}  # name -> what forward() was given there
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs}))
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: seen.update({name: inputs})
+        )
         for name in names
     ]
     with torch.no_grad():
         model(torch.zeros(1, config.in_channels, config.image_size, config.image_size))
         for hook in hooks:
             hook.remove()
-        print(f"{'name':<20}{'module':<25}{'input':<16}   {'output':<13}{'parameters':>11}{'FLOPs':>13}")
+        columns = f"{'name':<20}{'module':<25}{'input':<16}   {'output':<13}"
+        print(f"{columns}{'parameters':>11}{'FLOPs':>13}")
         for name in names:
             module = model.get_submodule(name)
             with FlopCounterMode(display=False) as counter:
                 output = module(*seen[name])
+            what = f"{name:<20}{type(module).__name__:<25}"
             shapes = f"{tuple(seen[name][0].shape)!s:<16}-> {tuple(output.shape)!s:<13}"
             parameters = sum(p.numel() for p in module.parameters())
-            print(f"{name:<20}{type(module).__name__:<25}{shapes}{parameters:>11,}{counter.get_total_flops():>13,}")
-    print(f"blocks.1 to blocks.{config.depth - 1} have the shapes of blocks.0 and weights of their own.")
-    print(f"Added before blocks.0: cls_token {tuple(model.cls_token.shape)} and pos_embed {tuple(model.pos_embed.shape)}, both learned.")
-    total = sum(p.numel() for p in model.parameters())
-    print(f"In all {total:,} parameters and {config.flops_per_image:,} FLOPs an image, forward (a multiply-add counts as 2).")
+            print(f"{what}{shapes}{parameters:>11,}{counter.get_total_flops():>13,}")
+    cls_token, pos_embed = tuple(model.cls_token.shape), tuple(model.pos_embed.shape)
+    total, flops = sum(p.numel() for p in model.parameters()), config.flops_per_image
+    print(f"blocks.1 to blocks.{config.depth - 1} are like blocks.0, with weights of their own.")
+    print(f"Added before blocks.0: cls_token {cls_token} and pos_embed {pos_embed}, both learned.")
+    print(f"In all {total:,} parameters and {flops:,} FLOPs an image (a multiply-add counts as 2).")
 
 
 if __name__ == "__main__":
