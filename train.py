@@ -160,10 +160,10 @@ def parse(argv: list[str] | None) -> tuple[dict, dict]:
     parser.add_argument("--preset", choices=PRESETS, help="a set of values for the flags below (default: deit)")
     for config in (TrainConfig, ViTConfig):
         group = parser.add_argument_group(config.__name__)
-        hints = get_type_hints(config)
+        hints, source = get_type_hints(config), inspect.getsource(config)
         for field in fields(config):
             # The help is the comment in the source, so there is only one text to keep true.
-            comment = re.search(rf"^    {field.name}: .*?# (.*)$", inspect.getsource(config), re.MULTILINE)
+            comment = re.search(rf"^    {field.name}: .*?# (.*)$", source, re.MULTILINE)
             text = f"{comment[1] if comment else ''} (default: {field.default})".replace("%", "%%")
             kind = next(t for t in (*get_args(hints[field.name]), hints[field.name]) if t is not type(None))
             flag = "--" + field.name.replace("_", "-")
@@ -321,7 +321,7 @@ def update_ema(state: State, decay: float):
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product on this machine, the best of a few: the 100 % of the log's MFU."""
-    n = 1024 if device.type == "cpu" else 8192
+    n = 8192 if device.type != "cpu" else 256 if dtype == torch.float16 else 1024  # CPUs emulate it
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     seconds = []
     for _ in range(5):
@@ -459,9 +459,9 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         )
     if config.batch_size % world:
         raise ValueError(f"batch_size {config.batch_size} is not divisible by the {world} processes")
-    torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
