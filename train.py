@@ -571,7 +571,7 @@ def train_epoch(run: Run, epoch: int, announce: bool = False) -> dict:
     if run.world > 1:
         dist.all_reduce(results)
         results /= run.world
-    losses, norms = results.double().cpu().unbind(1)  # here the CPU waits for the GPU, for the first time in this epoch
+    losses, norms = results.cpu().double().unbind(1)  # here the CPU waits for the GPU, for the first time in this epoch
     seconds = time.perf_counter() - began
     taken = state.scheduler.last_epoch - before
 
