@@ -1,15 +1,13 @@
 """
 Side-by-side measurements, as ratios within one run: machines are shared and noisy, so seconds alone say little.
 
-    python bench.py                   one table; about two minutes on two CPU cores, and the same on a GPU
+    python bench.py                   one table; about two minutes on two CPU cores, and it runs on a GPU too
     pip install timm vit-pytorch      adds those models to the comparison
 
 The variants of a comparison take turns, several times round. A row gives the median, the spread from the fastest
 to the slowest turn, and the ratio of its median to that of the comparison's first row (above 1: slower).
 """
 
-import argparse
-import resource
 import statistics
 import sys
 import tempfile
@@ -26,7 +24,7 @@ import train
 from vit import VisionTransformer, ViTConfig
 
 MEAN, STD = data.CIFAR_STATISTICS["cifar10"]
-BYTES_PER_IMAGE = 32.6e6  # memory traffic of a compiled bf16 step of DeiT-Ti, counted kernel by kernel
+BYTES_PER_IMAGE = 32.6e6  # memory traffic of a compiled bf16 step of DeiT-Ti: an estimate by count
 
 
 def row(what: str, seconds: list[float], unit: float, unit_name: str, base: float | None = None) -> float:
@@ -163,7 +161,7 @@ def bench_models(batch: int, device, half: torch.dtype):
     compare(f"(c) the same step, batch {batch}, eager unless it says so", variants, "us/image", device)
 
 
-def bench_epoch(batch: int, device, dtype):
+def bench_epoch(batch: int, device):
     """(d) Where the time of an epoch of the `deit` recipe goes, (e) memory, (f) the roofline."""
     count = 4 * batch
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, device=device)
@@ -202,6 +200,8 @@ def bench_epoch(batch: int, device, dtype):
     total = sum(statistics.median(times) for times in parts.values())
     for name, times in parts.items():
         row(name, times, 1.0, "s/epoch", total)
+
+    import resource  # not on Windows
 
     print("\n(e) peak memory")
     print(f"  host, this whole program: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
@@ -253,6 +253,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser.parse_args(argv)
         device = evaluate.pick_device(args.device)
+        if args.batch_size is not None and args.batch_size < 4:
+            raise ValueError(f"batch_size must be at least 4, got {args.batch_size}")
     except ValueError as error:
         return evaluate.fail(error)
     batch = args.batch_size or (32 if device.type == "cpu" else 1024)
@@ -262,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"  {'':<58}{'median':>9} {'':<10}{'fastest .. slowest':>18}{'ratio':>8}")
     bench_pipeline()
     bench_models(batch, device, torch.bfloat16 if dtype == torch.float32 else dtype)
-    bench_epoch(batch, device, dtype)
+    bench_epoch(batch, device)
     bench_scaling(batch, device, dtype)
     return 0
 

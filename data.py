@@ -464,9 +464,12 @@ def augment(
 # --- batches: uint8 images and labels -> normalised float32 images and soft targets ----------------------------------
 
 
-def normalize(images: Tensor, mean: tuple, std: tuple) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32: (x / 255 - mean) / std in every channel, as one multiplication and one addition."""
-    mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in (mean, std))
+def normalize(images: Tensor, mean: tuple | Tensor, std: tuple | Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32: (x / 255 - mean) / std in every channel, as one multiplication and one addition.
+
+    Tensors that are on the device already save a copy to it, for which the CPU would wait.
+    """
+    mean, std = (torch.as_tensor(x, device=images.device).view(-1, 1, 1) for x in (mean, std))
     return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
@@ -545,7 +548,10 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--image-size", type=int, default=32, help="pixels (default: %(default)s)")
     parser.add_argument("--out", default="augmentation.png", help="the picture to write (default: %(default)s)")
     args = parser.parse_args(argv)
-    data = load(args.dataset, args.data_dir, args.image_size)
+    try:
+        data = load(args.dataset, args.data_dir, args.image_size)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
 
     columns, generator = 8, torch.Generator().manual_seed(0)
     one = data.train_images[len(data.train_images) * 3 // 4][None].repeat(columns, 1, 1, 1)

@@ -270,13 +270,14 @@ def plot_positions(path: str, model: VisionTransformer, title: str):
     """Cosine similarity of each patch's learned position with all others (ViT, figure 7)."""
     table = model.pos_embed.detach()[0, -model.config.num_patches :].cpu()  # (P, D), without the class token's
     side = model.config.image_size // model.config.patch_size
-    similarity = nnF.cosine_similarity(table[:, None], table[None], dim=-1).view(side, side, side, side)
-    figure, axes = new_figure(side, side, figsize=(0.8 * side + 1.5, 0.8 * side + 0.8))
-    for row in range(side):
-        for column in range(side):
-            picture = axes[row, column].imshow(similarity[row, column].numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
-            axes[row, column].set_xticks([])
-            axes[row, column].set_yticks([])
+    shown = range(0, side, -(-side // 8))  # at most 8 x 8 of the patches
+    figure, axes = new_figure(len(shown), len(shown), figsize=(0.8 * len(shown) + 1.5, 0.8 * len(shown) + 0.8))
+    for row, line in zip(shown, axes):
+        for column, axis in zip(shown, line):
+            similarity = nnF.cosine_similarity(table[row * side + column], table, dim=-1).view(side, side)
+            picture = axis.imshow(similarity.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
+            axis.set_xticks([])
+            axis.set_yticks([])
     figure.colorbar(picture, ax=axes, label="cosine similarity", shrink=0.7)
     figure.suptitle(f"{title}: similarity of the learned positions,\none small map per patch", fontsize=10)
     figure.savefig(path, dpi=110)
@@ -291,7 +292,7 @@ def evaluate(
     """Evaluate a checkpoint on "test" or "val", write metrics.json and the pictures into out, return the metrics.
 
     dataset: a data.Dataset that is loaded already; otherwise the one the checkpoint was trained on is loaded.
-    The files of the validation split are called *_val. ValueError if the data do not fit the checkpoint.
+    The files of the validation split are called *_val, but for curves and positions. ValueError if the data do not fit the checkpoint.
     """
     recipe, classes, mean, std = (checkpoint[key] for key in ("train", "classes", "mean", "std"))
     if dataset is None:
@@ -300,7 +301,9 @@ def evaluate(
     if list(dataset.classes) != list(classes):
         raise ValueError(f"the checkpoint knows the classes {', '.join(classes)}; the data have {', '.join(dataset.classes)}")
     images, labels = dataset.test_images, dataset.test_labels
-    if split == "val":
+    if split == "val":  # the same images as in training, or none: others may have been trained on
+        if len(dataset.train_images) - recipe["val_size"] != checkpoint["train_images"]:
+            raise ValueError("the training images have changed since: the validation images are lost among them")
         _, index = data.split(len(dataset.train_images), recipe["val_size"], recipe["seed"])
         images, labels = dataset.train_images[index], dataset.train_labels[index]
 
@@ -312,8 +315,6 @@ def evaluate(
     suffix = "" if split == "test" else f"_{split}"
     name = recipe["dataset"] if recipe["dataset"] != "folder" else os.path.basename(os.path.abspath(recipe["data_dir"]))
     title = f"{name}, {split} images"
-    with open(os.path.join(out, f"metrics{suffix}.json"), "w") as file:
-        json.dump(metrics, file, indent=1)
     plot_confusion_matrix(os.path.join(out, f"confusion_matrix{suffix}.png"), metrics, title)
     some = images[:: max(1, len(images) // 8)]  # from all over the set: a folder is sorted by class
     plot_attention(os.path.join(out, f"attention{suffix}.png"), model, some, mean, std, title)
@@ -321,7 +322,19 @@ def evaluate(
     plot_positions(os.path.join(out, "positions.png"), model, name)
     if os.path.exists(log := os.path.join(out, "log.csv")):
         plot_curves(os.path.join(out, "curves.png"), read_log(log), name)
+    text = json.dumps(metrics, indent=1)  # last, so that where it is, everything is
+    path = os.path.join(out, f"metrics{suffix}.json")
+    data.save_atomically(text, path, write=lambda text, file: file.write(text.encode()))
     return metrics
+
+
+def read_metrics(out: str) -> dict:
+    """The metrics.json of a folder; {} where there is none, or none that can be read."""
+    try:
+        with open(os.path.join(out, "metrics.json")) as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return {}
 
 
 def classify(checkpoint: dict, paths: list[str], device: str = "auto") -> list[str]:

@@ -16,7 +16,7 @@ from train import PRESETS, TrainConfig
 from vit import ViTConfig
 
 ROOT = Path(__file__).parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BREAK_IT = re.findall(r"in `(\w+\.py)` replace `(.+?)` by `(.+?)`; `(test_\w+)` turns red", README)
 FIELDS = {**TrainConfig.__dataclass_fields__, **ViTConfig.__dataclass_fields__}
 

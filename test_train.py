@@ -852,6 +852,13 @@ def test_mixing_ends_after_the_stated_share_of_the_epochs(epochs, share, mixed):
     assert found == [True] * mixed + [False] * (epochs - mixed)
 
 
+def test_two_hundred_and_twenty_epochs_are_mixed_where_that_share_is_stated():
+    """220 / 300 * 300 is 219.99999999999997."""
+    config = TrainConfig(batch_size=20, mix_until=220 / 300, mixup=10.0, cutmix=0.0)
+    for epoch, mixed in ((220, True), (221, False)):
+        assert any((b[:, -3:].amax(1) < 0.999).any() for b in batches(config, epoch)) == mixed
+
+
 def test_the_fill_of_randaugment_is_black_or_the_mean_colour(monkeypatch):
     seen = []
     monkeypatch.setattr(data, "augment", lambda images, *policy: seen.append(policy[:-1]) or images)
@@ -1228,6 +1235,64 @@ def test_rare_saves_lose_epochs_and_no_bits(killed_in, holds, monkeypatch):
     assert run(*flags, "--resume") == 0
     assert torch.load("out/last.pt", weights_only=True)["epoch"] == 5
     assert difference(contents("out/last.pt"), contents("straight/last.pt")) is None
+
+
+def test_a_run_stopped_before_its_first_validation_resumes_to_the_same_bits():
+    """There is no best epoch yet, and no best.pt."""
+    flags = ("--eval-every", 3, "--epochs", 4)
+    assert run(*flags, out="straight") == 0
+    assert run(*flags, "--max-minutes", 1e-9) == 0
+    assert not Path("out/best.pt").exists()
+    assert run(*flags, "--resume") == 0
+    assert difference(contents("out/last.pt"), contents("straight/last.pt")) is None
+
+
+@pytest.mark.parametrize("first, then", [("float32", "float16"), ("float16", "float32")])
+def test_a_run_may_move_to_a_device_of_another_dtype(first, then, monkeypatch):
+    """Begun on an Ampere GPU, finished on a T4: the loss scale starts anew, the run goes on."""
+    monkeypatch.setattr(train, "pick_dtype", lambda *_: getattr(torch, first))
+    assert run("--max-minutes", 1e-9) == 0
+    monkeypatch.setattr(train, "pick_dtype", lambda *_: getattr(torch, then))
+    assert run("--resume") == 0
+    assert bool(evaluate.load_checkpoint("out/last.pt")["scaler"]) == (then == "float16")
+
+
+@pytest.mark.parametrize("left", ["another epoch's", "torn", "none"])
+def test_looking_at_the_test_set_halfway_does_not_replace_the_last_look(left):
+    """metrics.json counts as the end only if it is whole and of the best epoch."""
+    assert run() == 0
+    final = Path("out/metrics.json").read_text()
+    other = json.dumps({**json.loads(final), "epoch": 99})
+    Path("out/metrics.json").write_text({"torn": final[:40], "none": ""}.get(left, other))
+    assert run("--resume") == 0
+    assert Path("out/metrics.json").read_text() == final
+
+
+def test_metrics_are_written_last_so_that_a_kill_repeats_the_evaluation(monkeypatch):
+    def kill(*_):
+        raise Kill
+
+    with monkeypatch.context() as patch, pytest.raises(Kill):
+        patch.setattr(evaluate, "plot_positions", kill)
+        run()
+    assert not Path("out/metrics.json").exists()
+    assert run("--resume") == 0 and Path("out/metrics.json").exists()
+
+
+def test_each_process_draws_dropout_masks_of_its_own(monkeypatch):
+    """torch's CPU generator reads the low 32 bits of its seed: they must differ between ranks."""
+    seeds = set()
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.add(seed % 2**32))
+    monkeypatch.setattr(train, "epoch_batches", lambda *_: [])
+    config = TrainConfig(batch_size=8)
+    state = SimpleNamespace(scheduler=SimpleNamespace(last_epoch=0), model=nn.Identity())
+    device = torch.device("cpu")
+    for rank in range(8):
+        for epoch in range(1, 4):
+            r = train.Run(config, ViTConfig(), DATASET, device, rank, 8, (), (), state)
+            with pytest.raises(RuntimeError):  # no batches, no losses
+                train.train_epoch(r, epoch)
+    assert len(seeds) == 8 * 3
 
 
 def test_best_of_an_earlier_sitting_survives(monkeypatch):

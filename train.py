@@ -13,6 +13,7 @@ the test set is looked at once, at the end, by evaluate.py.
 """
 
 import copy
+import importlib.util
 import inspect
 import math
 import os
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from typing import get_args, get_type_hints
 
 import torch
@@ -71,10 +73,10 @@ class TrainConfig:
 
     eval_every: int = 1  # epochs between validations
     save_every: int = 1  # epochs between checkpoints (on Google Drive, every one of them counts against the quota)
-    max_minutes: float | None = None  # end at an epoch boundary before this many minutes have passed
+    max_minutes: float | None = None  # end at an epoch boundary before this many minutes, after one epoch at least
     seed: int = 0  # of everything: split, weights, batches, augmentation, dropout
     device: str = "auto"  # auto, cpu, cuda or mps
-    dtype: str = "auto"  # auto (bfloat16 or float16 on a GPU, float32 elsewhere), float32, bfloat16, float16
+    dtype: str = "auto"  # auto (bfloat16 or float16 on CUDA, float32 elsewhere), float32, bfloat16, float16
     compile: bool | None = None  # torch.compile; by default on CUDA only
     deterministic: bool = False  # the same bits again on a GPU too, at some cost in speed
 
@@ -216,6 +218,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
+def can_compile(device: torch.device) -> bool:
+    """torch.compile pays on CUDA; its code generator, Triton, needs a GPU of Volta's age or younger."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Decay pulls matrices towards zero. Biases, norms, class token and positions are no matrices: they set offsets."""
     decayed, free = [], []
@@ -242,7 +251,7 @@ def build_state(config: TrainConfig, vit_config: ViTConfig, steps: int, device: 
         cycle_momentum=False,  # True, the default, would overwrite AdamW's beta1
     )
     dtype = pick_dtype(config.dtype, device)
-    compiled = config.compile if config.compile is not None else device.type == "cuda"
+    compiled = config.compile if config.compile is not None else can_compile(device)
     forward = torch.compile(model) if compiled else model
     if dist.is_initialized():
         forward = nn.parallel.DistributedDataParallel(forward)
@@ -270,10 +279,11 @@ def epoch_batches(
 ) -> DataLoader:
     """The batches of one epoch, (float32 (B, 3, H, W), targets (B, K)), from uint8 images and their labels."""
     generator = torch.Generator().manual_seed(epoch_seed(config.seed, epoch))
-    mixing = epoch <= config.mix_until * config.epochs
+    mixing = epoch <= round(config.mix_until * config.epochs)
+    mean_std = [torch.tensor(x, device=images.device) for x in (mean, std)]  # copied once, not every batch
 
     def collate(images, labels):
-        images = data.normalize(images, mean, std)
+        images = data.normalize(images, *mean_std)
         targets = data.soft_targets(labels, num_classes, config.label_smoothing)
         if mixing:
             images, targets = data.combine(images, targets, config.mixup, config.cutmix, generator)
@@ -354,7 +364,8 @@ def unpack(checkpoint: dict, state: State):
         state.ema.load_state_dict(checkpoint["ema"])
     state.optimizer.load_state_dict(checkpoint["optimizer"])
     state.scheduler.load_state_dict(checkpoint["scheduler"])
-    state.scaler.load_state_dict(checkpoint["scaler"])
+    if checkpoint["scaler"]:  # empty unless the dtype was float16; a run may move to another GPU
+        state.scaler.load_state_dict(checkpoint["scaler"])
 
 
 def write_log(path: str, history: list[dict]):
@@ -385,7 +396,7 @@ def check_out(config: TrainConfig) -> dict | None:
     """The checkpoint to resume from, or None for a fresh start. ValueError where a run would be lost or cannot be kept."""
     last, best = (os.path.join(config.out, name) for name in ("last.pt", "best.pt"))
     parent = os.path.abspath(config.out)
-    while not os.path.lexists(parent):
+    while not os.path.lexists(parent) and parent != os.path.dirname(parent):
         parent = os.path.dirname(parent)
     if not (os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK)):
         raise ValueError(f"cannot write to the output folder {config.out}: {parent} is not a folder that can be written to")
@@ -453,7 +464,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     if config.device == "auto" and device.type == "cpu":
         work = config.epochs * 45_000 * 3 * vit_config.flops_per_image
         raise ValueError(
-            f"no accelerator found. {config.epochs} epochs of CIFAR-10 are {work:.1e} floating-point operations: minutes "
+            f"no accelerator found. {config.epochs} epochs of 45,000 images are {work:.1e} floating-point operations: minutes "
             f"on a recent GPU, about {work / 1e11 / 86_400:.1f} days on a CPU at 100 GFLOP/s. See everything run in two "
             f"minutes with --preset demo, or start it here all the same with --device cpu"
         )
@@ -466,7 +477,8 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        wait = timedelta(hours=3)  # while rank 0 downloads, decodes or evaluates
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
 
     if rank == 0:
         print_model(vit_config)
@@ -531,7 +543,8 @@ def print_run(run: Run, steps: int):
         f"{facts['commit']} | peak {run.peak / 1e12:.2f} TFLOP/s (measured), the 100 % of MFU"
     )
     if run.epoch:
-        print(f"resumed  after epoch {run.epoch} of {config.epochs}, best so far {run.best['accuracy']:.2%}")
+        best = f", best so far {run.best['accuracy']:.2%}" if run.best else ""
+        print(f"resumed  after epoch {run.epoch} of {config.epochs}{best}")
     else:
         loss, _ = validate(run, state.model, [part[:1_000] for part in run.val])
         print(f"start    loss {loss:.4f} before training; guessing among {K} classes costs ln({K}) = {math.log(K):.4f}")
@@ -552,10 +565,13 @@ def train_epoch(run: Run, epoch: int, announce: bool = False) -> dict:
     announce: say after three steps how long it all may take, if that is long.
     """
     config, state = run.config, run.state
-    torch.manual_seed(epoch_seed(config.seed, epoch) + run.rank)  # dropout and drop path draw from the global stream
+    # Dropout and drop path draw from the global stream; its seed counts modulo 2^32.
+    torch.manual_seed(epoch_seed(config.seed, epoch) + run.rank * 1_000_000_007)
     began, before = time.perf_counter(), state.scheduler.last_epoch
+    marks = [began]  # when the augmentation was done, and each step
     statistics = (run.dataset.mean, run.dataset.std, len(run.dataset.classes))
     batches = epoch_batches(*run.train, *statistics, config, epoch)
+    marks.append(time.perf_counter())
     share = config.batch_size // run.world
     mine = slice(run.rank * share, (run.rank + 1) * share)  # every process makes the whole batch, and takes its rows
     state.model.train()
@@ -563,8 +579,10 @@ def train_epoch(run: Run, epoch: int, announce: bool = False) -> dict:
     for step, (images, targets) in enumerate(tqdm(batches, desc=f"epoch {epoch}", leave=False, disable=hide_bar(run)), 1):
         lr = state.scheduler.get_last_lr()[0]
         results.append(torch.stack(train_step(state, images[mine], targets[mine], config)))
+        marks.append(time.perf_counter())
         if announce and step == 3 and run.device.type == "cpu":  # on a GPU an epoch takes seconds, and asking waits for it
-            pace, left = (time.perf_counter() - began) / step * len(batches), config.epochs - run.epoch
+            a_step = (marks[4] - marks[2]) / 2  # not the first, which warms up
+            pace, left = marks[1] - marks[0] + a_step * len(batches), config.epochs - run.epoch
             if pace > 60:
                 run.say(f"about {show(pace)} an epoch, {show(pace * left)} for the {left} to go")
     results = torch.stack(results)  # (steps, 2): loss and gradient norm
@@ -674,11 +692,11 @@ def agree(run: Run, decision: bool) -> bool:
 def finish(run: Run):
     """Evaluate the best checkpoint on the test set, once in the life of a run."""
     out = run.config.out
-    if os.path.exists(os.path.join(out, "metrics.json")):
+    best = evaluate.load_checkpoint(os.path.join(out, "best.pt"))
+    if evaluate.read_metrics(out).get("epoch") == best["epoch"]:
         run.say(f"the run in {out}/ is complete, and so is its evaluation")
         return
     write_log(os.path.join(out, "log.csv"), run.history)
-    best = evaluate.load_checkpoint(os.path.join(out, "best.pt"))
     run.say(f"\nbest epoch {best['epoch']}, validation accuracy {run.best['accuracy']:.2%}; now, once, the test set:")
     metrics = evaluate.evaluate(best, out, device=str(run.device), dataset=run.dataset)
     run.say(evaluate.describe(metrics))
