@@ -376,6 +376,23 @@ def test_the_dtype_is_the_fastest_one_that_the_device_really_has(monkeypatch):
     assert train.pick_dtype("float16", cpu) == torch.float16
 
 
+def test_compiling_is_the_default_where_triton_can_do_it_and_nowhere_else(monkeypatch):
+    """Triton wants a GPU of compute capability 7.0, and does not exist on every system."""
+    cuda, there = torch.device("cuda"), True
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: there or None)
+    for capability, expected in {(9, 0): True, (7, 0): True, (6, 1): False}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert train.can_compile(cuda) == expected
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    there = False
+    assert not train.can_compile(cuda) and not train.can_compile(torch.device("cpu"))
+
+
+def test_the_announced_pace_is_augmentation_once_and_the_later_steps_times_their_number():
+    """10 s to augment, a first step of 7 s that warms up, then 20 s each: 5 steps are 110 s."""
+    assert train.pace([0, 10, 17, 37, 57], 5) == 110
+
+
 # Another value for every flag of the recipe; the network's come last.
 OTHER = {
     "val_size": 12,

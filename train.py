@@ -581,10 +581,9 @@ def train_epoch(run: Run, epoch: int, announce: bool = False) -> dict:
         results.append(torch.stack(train_step(state, images[mine], targets[mine], config)))
         marks.append(time.perf_counter())
         if announce and step == 3 and run.device.type == "cpu":  # on a GPU an epoch takes seconds, and asking waits for it
-            a_step = (marks[4] - marks[2]) / 2  # not the first, which warms up
-            pace, left = marks[1] - marks[0] + a_step * len(batches), config.epochs - run.epoch
-            if pace > 60:
-                run.say(f"about {show(pace)} an epoch, {show(pace * left)} for the {left} to go")
+            seconds, left = pace(marks, len(batches)), config.epochs - run.epoch
+            if seconds > 60:
+                run.say(f"about {show(seconds)} an epoch, {show(seconds * left)} for the {left} to go")
     results = torch.stack(results)  # (steps, 2): loss and gradient norm
     if run.world > 1:
         dist.all_reduce(results)
@@ -610,6 +609,12 @@ def train_epoch(run: Run, epoch: int, announce: bool = False) -> dict:
         "images_per_second": images_per_second,
         "mfu": images_per_second * 3 * run.vit_config.flops_per_image / run.peak,
     }
+
+
+def pace(marks: list[float], steps: int) -> float:
+    """Seconds an epoch will take, from the clock before and after augmenting it and after each of three steps."""
+    began, augmented, first, _, third = marks
+    return augmented - began + (third - first) / 2 * steps  # without the first step, which warms up
 
 
 def hide_bar(run: Run) -> bool:
