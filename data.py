@@ -201,6 +201,11 @@ def save_atomically(obj, path: str, write=torch.save):
         raise
 
 
+def write_text(text: str, file):
+    """For save_atomically, in place of torch.save."""
+    file.write(text.encode())
+
+
 SHAPES = {  # class -> which points belong to it, given their coordinates u (right) and v (down) and radius r
     "disk": lambda u, v, r: r < 0.95,
     "ring": lambda u, v, r: (0.6 < r) & (r < 1),

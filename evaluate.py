@@ -324,7 +324,7 @@ def evaluate(
         plot_curves(os.path.join(out, "curves.png"), read_log(log), name)
     text = json.dumps(metrics, indent=1)  # last, so that where it is, everything is
     path = os.path.join(out, f"metrics{suffix}.json")
-    data.save_atomically(text, path, write=lambda text, file: file.write(text.encode()))
+    data.save_atomically(text, path, write=data.write_text)
     return metrics
 
 

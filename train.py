@@ -372,7 +372,7 @@ def write_log(path: str, history: list[dict]):
     """log.csv, whole and anew each time, so that a kill leaves no torn row and a resumed run no double one."""
     rows = [",".join("" if row[name] is None else repr(row[name]) for name in COLUMNS) for row in history]
     text = "\n".join([",".join(COLUMNS), *rows]) + "\n"
-    data.save_atomically(text, path, write=lambda text, file: file.write(text.encode()))
+    data.save_atomically(text, path, write=data.write_text)
 
 
 def versions(device: torch.device) -> dict:
@@ -450,6 +450,7 @@ class Run:
     best_weights: dict | None = None  # its weights, until the next save writes them into best.pt
     history: list[dict] | None = None  # one row of COLUMNS an epoch
     peak: float = math.nan  # FLOP/s, see measure_peak
+    versions: dict | None = None  # found once: asking git again at every save would cost a process an epoch
 
     def say(self, text: str):
         if self.rank == 0:
@@ -482,11 +483,11 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
 
     if rank == 0:
         print_model(vit_config)
-        dataset = data.load(config.dataset, config.data_dir, vit_config.image_size, config.download_url)
-    if world > 1:
-        dist.barrier()  # the others find the download and the decoded images in place
-    if rank != 0:
-        dataset = data.load(config.dataset, config.data_dir, vit_config.image_size, config.download_url)
+    else:
+        dist.barrier()  # until rank 0 is past its own: the download and the decoded images are then in place
+    dataset = data.load(config.dataset, config.data_dir, vit_config.image_size, config.download_url)
+    if rank == 0 and world > 1:
+        dist.barrier()
     config, vit_config = build_configs(values, dataset.classes)
     train_index, val_index = data.split(len(dataset.train_images), config.val_size, config.seed)
     if config.batch_size > len(train_index):
@@ -510,6 +511,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         run.epoch, run.best, run.history = (checkpoint[key] for key in ("epoch", "best", "history"))
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
+        run.peak, run.versions = measure_peak(device, state.dtype) * world, versions(device)
         print_run(run, steps)
     return run
 
@@ -535,9 +537,8 @@ def print_run(run: Run, steps: int):
         f"run      {parameters:,} parameters | {config.epochs} epochs, {steps:,} steps of {config.batch_size} images | "
         f"peak lr {config.lr:g}, weight decay {config.weight_decay:g} | seed {config.seed} | {config.out}/"
     )
-    run.peak = measure_peak(run.device, state.dtype) * run.world
     compiled = ", compiled" if state.forward is not state.model else ""
-    facts = versions(run.device)
+    facts = run.versions
     print(
         f"machine  {run.world} x {facts['device']}, {str(state.dtype)[6:]}{compiled} | torch {facts['torch']}, commit "
         f"{facts['commit']} | peak {run.peak / 1e12:.2f} TFLOP/s (measured), the 100 % of MFU"
@@ -567,8 +568,7 @@ def train_epoch(run: Run, epoch: int, announce: bool = False) -> dict:
     config, state = run.config, run.state
     # Dropout and drop path draw from the global stream; its seed counts modulo 2^32.
     torch.manual_seed(epoch_seed(config.seed, epoch) + run.rank * 1_000_000_007)
-    began, before = time.perf_counter(), state.scheduler.last_epoch
-    marks = [began]  # when the augmentation was done, and each step
+    before, marks = state.scheduler.last_epoch, [time.perf_counter()]  # marks: the start, augmented, each step
     statistics = (run.dataset.mean, run.dataset.std, len(run.dataset.classes))
     batches = epoch_batches(*run.train, *statistics, config, epoch)
     marks.append(time.perf_counter())
@@ -589,7 +589,7 @@ def train_epoch(run: Run, epoch: int, announce: bool = False) -> dict:
         dist.all_reduce(results)
         results /= run.world
     losses, norms = results.cpu().double().unbind(1)  # here the CPU waits for the GPU, for the first time in this epoch
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - marks[0]
     taken = state.scheduler.last_epoch - before
 
     broken = ~losses.isfinite() if state.scaler.is_enabled() else ~(losses.isfinite() & norms.isfinite())
@@ -650,7 +650,7 @@ def save(run: Run):
         "mean": run.dataset.mean,
         "std": run.dataset.std,
         "train_images": len(run.train[0]),
-        "versions": versions(run.device),
+        "versions": run.versions,
     }
     if run.best_weights:
         best = {**facts, **run.best_weights, "epoch": run.best["epoch"]}
@@ -701,7 +701,7 @@ def finish(run: Run):
     if evaluate.read_metrics(out).get("epoch") == best["epoch"]:
         run.say(f"the run in {out}/ is complete, and so is its evaluation")
         return
-    write_log(os.path.join(out, "log.csv"), run.history)
+    write_log(os.path.join(out, "log.csv"), run.history)  # a kill just before it left it a row short
     run.say(f"\nbest epoch {best['epoch']}, validation accuracy {run.best['accuracy']:.2%}; now, once, the test set:")
     metrics = evaluate.evaluate(best, out, device=str(run.device), dataset=run.dataset)
     run.say(evaluate.describe(metrics))
