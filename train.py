@@ -780,8 +780,11 @@ def main(argv: list[str] | None = None) -> int:
             return evaluate.fail(error) if rank == 0 else 2
         train(run, began, argv)
         if world > 1:
-            dist.barrier()  # rank 0 may still be evaluating
-            dist.destroy_process_group()
+            try:
+                dist.barrier()  # rank 0 may still be evaluating
+                dist.destroy_process_group()
+            except RuntimeError:  # the other process has left first; all is written, so nothing has failed
+                pass
         return 0
     except Stopped as signum:
         if rank == 0:
