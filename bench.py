@@ -1,11 +1,13 @@
 """
-Side-by-side measurements, as ratios within one run: machines are shared and noisy, so seconds alone say little.
+Side-by-side measurements, as ratios within one run: machines are shared and noisy, so seconds alone
+say little.
 
-    python bench.py                   one table; about two minutes on two CPU cores, and it runs on a GPU too
-    pip install timm vit-pytorch      adds those models to the comparison
+    python bench.py                   one table; about two minutes on two CPU cores, and it runs on
+    a GPU too pip install timm vit-pytorch      adds those models to the comparison
 
-The variants of a comparison take turns, several times round. A row gives the median, the spread from the fastest
-to the slowest turn, and the ratio of its median to that of the comparison's first row (above 1: slower).
+The variants of a comparison take turns, several times round. A row gives the median, the spread
+from the fastest to the slowest turn, and the ratio of its median to that of the comparison's first
+row (above 1: slower).
 """
 
 import statistics
@@ -27,19 +29,23 @@ MEAN, STD = data.CIFAR_STATISTICS["cifar10"]
 BYTES_PER_IMAGE = 32.6e6  # memory traffic of a compiled bf16 step of DeiT-Ti: an estimate by count
 
 
-def row(what: str, seconds: list[float], unit: float, unit_name: str, base: float | None = None) -> float:
-    """Print one line of the table, in units of `unit` seconds. Returns the median in seconds."""
+def row(what: str, seconds: list[float], unit: str, base: float | None = None) -> float:
+    """Print one line of the table, in a unit such as "ms/image". Returns the median in seconds.
+
+    base: seconds that the last column is a ratio to; the median itself if there is none.
+    """
+    size = {"us": 1e-6, "ms": 1e-3, "s": 1.0}[unit.split("/")[0]]
     middle = statistics.median(seconds)
-    spread = f"{min(seconds) / unit:.4g} .. {max(seconds) / unit:.4g}"
+    spread = f"{min(seconds) / size:.4g} .. {max(seconds) / size:.4g}"
     ratio = f"{middle / (base or middle):.2f}"
-    print(f"  {what:<58}{middle / unit:>9.4g} {unit_name:<10}{spread:>18}{ratio:>8}", flush=True)
+    print(f"  {what:<58}{middle / size:>9.4g} {unit:<10}{spread:>18}{ratio:>8}", flush=True)
     return middle
 
 
-def compare(title: str, variants: dict, unit_name: str, device, unit: float = 1e-6, turns: int = 3) -> dict:
-    """Time variants, {name: (callable, how many things one call handles)}, by turns, and print a row each, per thing.
+def compare(title: str, variants: dict, unit: str, device: torch.device, turns: int = 3) -> dict:
+    """Time variants, {name: (callable, how many things one call handles)}, by turns.
 
-    Returns the medians in seconds.
+    Prints a row for each, per thing. Returns {name: median in seconds}.
     """
     print(f"\n{title}")
     seconds = {name: [] for name in variants}
@@ -51,14 +57,12 @@ def compare(title: str, variants: dict, unit_name: str, device, unit: float = 1e
                 torch.accelerator.synchronize()
             if turn:
                 seconds[name].append((time.perf_counter() - began) / count)
-    medians = {}
-    for name in variants:
-        medians[name] = row(name, seconds[name], unit, unit_name, medians.get(next(iter(variants))))
-    return medians
+    base = statistics.median(next(iter(seconds.values())))
+    return {name: row(name, times, unit, base) for name, times in seconds.items()}
 
 
 def bench_pipeline():
-    """(a) Pixels per second: ours, an epoch at a time, against torchvision's classes, an image at a time. One thread."""
+    """(a) Ours, an epoch at a time, against torchvision's classes, an image at a time."""
     from PIL import Image
     from torchvision.transforms import v2
 
@@ -81,7 +85,7 @@ def bench_pipeline():
     torch.set_num_threads(1)
     variants = {
         "data.augment and data.normalize, 16,384 images at once": (ours, len(many)),
-        "torchvision, PIL image by image": (lambda: [pil(picture) for picture in pictures], len(few)),
+        "torchvision, PIL image by image": (lambda: [pil(image) for image in pictures], len(few)),
         "torchvision, tensor by tensor": (lambda: [tensors(image) for image in few], len(few)),
     }
     title = "(a) training pipeline: crop, flip, RandAugment(2, 9), normalise; one CPU thread"
@@ -95,20 +99,21 @@ def peers() -> dict:
     try:
         import timm
 
-        found["timm"] = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10)
+        sizes = {"img_size": 32, "patch_size": 4, "num_classes": 10}
+        found["timm"] = timm.create_model("vit_tiny_patch16_224", **sizes)
     except ImportError:
         print("  (timm is not installed: pip install timm)")
     try:
         from vit_pytorch import ViT
 
-        sizes = {"image_size": 32, "patch_size": 4, "num_classes": 10, "dim": 192, "depth": 12, "heads": 3}
-        found["vit-pytorch"] = ViT(mlp_dim=768, **sizes)
+        sizes = {"image_size": 32, "patch_size": 4, "dim": 192, "depth": 12, "heads": 3}
+        found["vit-pytorch"] = ViT(mlp_dim=768, num_classes=10, **sizes)
     except ImportError:
         print("  (vit-pytorch is not installed: pip install vit-pytorch)")
     from torchvision.models import VisionTransformer as TorchvisionViT
 
-    sizes = {"image_size": 32, "patch_size": 4, "num_layers": 12, "num_heads": 3, "hidden_dim": 192, "mlp_dim": 768}
-    found["torchvision"] = TorchvisionViT(num_classes=10, **sizes)
+    sizes = {"image_size": 32, "patch_size": 4, "num_layers": 12, "num_heads": 3, "hidden_dim": 192}
+    found["torchvision"] = TorchvisionViT(mlp_dim=768, num_classes=10, **sizes)
     return found
 
 
@@ -142,10 +147,13 @@ def bench_models(batch: int, device, half: torch.dtype):
             model(images)
 
     runs = {name: (partial(forward, model), batch) for name, model in models.items()}
-    compare(f"(b) forward, float32, batch {batch}", runs, "us/image", device)
+    compare(f"(b) forward, float32, batch {batch}", runs, "ms/image", device)
     for dtype in (torch.float32, half):
-        runs = {name: (stepper(model, images, targets, dtype), batch) for name, model in models.items()}
-        compare(f"(b) forward, backward and AdamW, {str(dtype)[6:]}, batch {batch}", runs, "us/image", device)
+        runs = {
+            name: (stepper(model, images, targets, dtype), batch) for name, model in models.items()
+        }
+        title = f"(b) forward, backward and AdamW, {str(dtype)[6:]}, batch {batch}"
+        compare(title, runs, "ms/image", device)
 
     variants = {}
     for fused in (False, True):
@@ -158,7 +166,8 @@ def bench_models(batch: int, device, half: torch.dtype):
     if device.type == "cuda":  # on a CPU compiling alone would take longer than all the rest
         step = stepper(VisionTransformer(config).to(device), images, targets, half, compiled=True)
         variants[f"fused attention, {str(half)[6:]}, compiled"] = (step, batch)
-    compare(f"(c) the same step, batch {batch}, eager unless it says so", variants, "us/image", device)
+    title = f"(c) the same step, batch {batch}, eager unless it says so"
+    compare(title, variants, "ms/image", device)
 
 
 def bench_epoch(batch: int, device):
@@ -169,7 +178,8 @@ def bench_epoch(batch: int, device):
     config = train.TrainConfig(batch_size=batch, device=str(device))
     state = train.build_state(config, ViTConfig(), 10_000, device)
     state.model.train()
-    parts = {"augmentation": [], "normalise and mix": [], "steps": [], "validation": [], "checkpoint": []}
+    names = ("augmentation", "normalise and mix", "steps", "validation", "checkpoint")
+    parts = {name: [] for name in names}
 
     def lap(name: str, began: float, scale: float) -> float:
         if device.type != "cpu":
@@ -189,37 +199,41 @@ def bench_epoch(batch: int, device):
                 now = lap("steps", now, per_epoch * len(batches))
             now = time.perf_counter()
             evaluate.predict(state.forward, images, MEAN, STD, state.dtype)
-            now = lap("validation", now, 7_000 / count)  # 5,000 validation and 2,000 clean training images
+            now = lap("validation", now, 7_000 / count)  # 5,000, and 2,000 clean training images
             data.save_atomically(train.pack(state), f"{folder}/last.pt")
             lap("checkpoint", now, 1.0)
             if turn == 0:  # warm-up, and compiling
-                parts = {name: [] for name in parts}
+                parts = {name: [] for name in names}
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-    print(f"\n(d) an epoch of `deit`, 45,000 images, from pieces of {count:,}; the last column is the share")
+    print(f"\n(d) an epoch of `deit`, 45,000 images, from pieces of {count:,}; right: the shares")
     total = sum(statistics.median(times) for times in parts.values())
     for name, times in parts.items():
-        row(name, times, 1.0, "s/epoch", total)
+        row(name, times, "s/epoch", total)
 
     import resource  # not on Windows
 
     print("\n(e) peak memory")
-    print(f"  host, this whole program: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # it counts in KiB
+    print(f"  host, this whole program: {host:.2f} GiB")
     if device.type == "cuda":
-        print(f"  device, training at batch {batch}: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        print(f"  device, training at batch {batch}: {peak:.2f} GiB")
 
     peak = train.measure_peak(device, state.dtype)
-    source = torch.empty(2**28 if device.type == "cuda" else 2**26, device=device)
+    source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
-    copy = {"copy of a gigabyte" if device.type == "cuda" else "copy of 256 MB": (lambda: target.copy_(source), 1)}
-    [moved] = compare("(f) roofline, against what this machine does", copy, "ms", device, unit=1e-3).values()
-    bandwidth = 2 * source.numel() * 4 / moved  # every byte is read once and written once
+    copy = {f"copy of {source.nbytes >> 20} MiB": (lambda: target.copy_(source), 1)}
+    [moved] = compare("(f) roofline, against what this machine does", copy, "ms", device).values()
+    bandwidth = 2 * source.nbytes / moved  # every byte is read once and written once
     rate = 45_000 / statistics.median(parts["steps"])
     flops = 3 * ViTConfig().flops_per_image
-    print(f"  matrix product {peak / 1e12:.2f} TFLOP/s in {str(state.dtype)[6:]}, copy {bandwidth / 1e9:,.0f} GB/s")
+    measured = f"matrix product {peak / 1e12:.2f} TFLOP/s in {str(state.dtype)[6:]}"
+    print(f"  {measured}, copy {bandwidth / 1e9:,.0f} GB/s")
     print(f"  steps {rate:,.0f} images/s: MFU {rate * flops / peak:.1%} of the arithmetic")
     if device.type == "cuda":
-        print(f"  and {rate * BYTES_PER_IMAGE / bandwidth:.1%} of the memory bandwidth, at {BYTES_PER_IMAGE / 1e6} MB an image")
+        share = rate * BYTES_PER_IMAGE / bandwidth
+        print(f"  and {share:.1%} of the memory bandwidth, at {BYTES_PER_IMAGE / 1e6} MB an image")
 
 
 def bench_scaling(batch: int, device, dtype):
@@ -233,10 +247,11 @@ def bench_scaling(batch: int, device, dtype):
         (f"depth 4, 17 tokens, batch {batch}", replace(base, patch_size=8), batch),
         (f"depth 4, 257 tokens, batch {batch}", replace(base, patch_size=2), batch),
     ):
-        x, y = torch.randn(size, 3, 32, 32, device=device), torch.full((size, 10), 0.1, device=device)
+        x = torch.randn(size, 3, 32, 32, device=device)
+        y = torch.full((size, 10), 0.1, device=device)
         step = stepper(VisionTransformer(config).to(device), x, y, dtype)
         variants[title] = (step, size)
-    compare("(g) growth of a step's cost", variants, "us/image", device)
+    compare("(g) growth of a step's cost", variants, "ms/image", device)
     images = torch.randint(0, 256, (16_384, 3, 32, 32), dtype=torch.uint8, device=device)
     generator = torch.Generator().manual_seed(0)
     variants = {}
@@ -248,8 +263,9 @@ def bench_scaling(batch: int, device, dtype):
 
 def main(argv: list[str] | None = None) -> int:
     parser = evaluate.Parser(description="Measure this program's pieces side by side.")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    parser.add_argument("--batch-size", type=int, help="of the steps (default: 1024 on a GPU, 32 on a CPU)")
+    add = parser.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    add("--batch-size", type=int, help="of the steps (default: 1024 on a GPU, 32 on a CPU)")
     try:
         args = parser.parse_args(argv)
         device = evaluate.pick_device(args.device)
@@ -260,7 +276,8 @@ def main(argv: list[str] | None = None) -> int:
     batch = args.batch_size or (32 if device.type == "cpu" else 1024)
     dtype = train.pick_dtype("auto", device)
     facts = train.versions(device)
-    print(f"{facts['device']}, {torch.get_num_threads()} CPU threads, torch {facts['torch']}, commit {facts['commit']}")
+    machine = f"{facts['device']}, {torch.get_num_threads()} CPU threads"
+    print(f"{machine}, torch {facts['torch']}, commit {facts['commit']}")
     print(f"  {'':<58}{'median':>9} {'':<10}{'fastest .. slowest':>18}{'ratio':>8}")
     bench_pipeline()
     bench_models(batch, device, torch.bfloat16 if dtype == torch.float32 else dtype)

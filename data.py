@@ -1,16 +1,19 @@
 """
 Pixels: from files to the batches a model trains on. Knows nothing of models.
 
-    load             files            -> uint8 images (N, 3, H, W) and int64 labels (N,), for training and for test
-    split            numbers 0..N-1   -> training and validation indices
-    augment          uint8 (N,3,H,W)  -> uint8 (N,3,H,W)      crop, flip, RandAugment: a whole epoch in one call
-    train_batches    an epoch         -> batches of float32 (B, 3, H, W) and soft targets (B, K)
+    load           files              -> uint8 images (N, 3, H, W), int64 labels (N,), twice:
+                                         for training and for test
+    split          the numbers 0..N-1 -> training and validation indices
+    augment        uint8 (N, 3, H, W) -> uint8 (N, 3, H, W): crop, flip, RandAugment,
+                                         a whole epoch in one call
+    train_batches  an epoch           -> batches: float32 (B, 3, H, W), soft targets (B, K)
 
-There are no worker processes. All of CIFAR-10 is 184 MB of uint8: it is decoded once, moved to the device
-once, and augmented there with a few hundred large operations an epoch instead of a dozen small ones an image.
+There are no worker processes. All of CIFAR-10 is 184 MB of uint8: it is decoded once, moved to the
+device once, and augmented there with a few hundred large operations an epoch instead of a dozen
+small ones an image.
 
-Every random function draws from the CPU torch.Generator it is given and from nothing else, so one seed gives
-one batch, on every device. No function writes into its input.
+Every random function draws from the CPU torch.Generator it is given and from nothing else, so one
+seed gives one batch, on every device. No function writes into its input.
 
 Axes:  N images   B batch   C = 3 channels   H, W image height and width   K classes
 
@@ -29,11 +32,12 @@ import torch.nn.functional as nnF
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-# torchvision and PIL are imported where they are used: together they take longer to import than this file to run.
+# torchvision and PIL are imported where they are used: together they take longer to import than
+# this file to run.
 
-# --- datasets: files -> uint8 tensors --------------------------------------------------------------------------------
+# --- datasets: files -> uint8 tensors -------------------------------------------------------------
 
-CIFAR_STATISTICS = {  # mean and standard deviation of a pixel of the training set, per channel, in [0, 1]
+CIFAR_STATISTICS = {  # mean, standard deviation of the training pixels, per channel, in [0, 1]
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
@@ -53,10 +57,11 @@ class Dataset:
 
 
 def load(dataset: str, data_dir: str, image_size: int, download_url: str | None = None) -> Dataset:
-    """Read a dataset: "cifar10", "cifar100" (32x32 only), "folder" (any pictures) or "shapes" (drawn, no files).
+    """Read "cifar10", "cifar100" (32x32 only), a "folder" of pictures, or draw "shapes".
 
-    A folder holds data_dir/train/<class>/* and data_dir/test/<class>/*. download_url is a mirror of CIFAR's
-    tarball; its md5 is checked wherever it comes from. Raises ValueError or OSError with a one-line message.
+    A folder holds data_dir/train/<class>/* and data_dir/test/<class>/*. download_url is a mirror of
+    CIFAR's tarball; its md5 is checked wherever it comes from. Raises ValueError or OSError with a
+    one-line message.
     """
     if dataset in CIFAR_STATISTICS:
         if image_size != 32:
@@ -69,12 +74,13 @@ def load(dataset: str, data_dir: str, image_size: int, download_url: str | None 
         classes = list(SHAPES)
         arrays = [*draw_shapes(10_000, image_size, seed=0), *draw_shapes(2_000, image_size, seed=1)]
     else:
-        raise ValueError(f'dataset must be "cifar10", "cifar100", "folder" or "shapes", got "{dataset}"')
+        known = '"cifar10", "cifar100", "folder" or "shapes"'
+        raise ValueError(f'dataset must be {known}, got "{dataset}"')
     return Dataset(classes, *arrays, *channel_statistics(arrays[0]))
 
 
 def load_cifar(dataset: str, data_dir: str, download_url: str | None = None) -> tuple:
-    """(classes, train images, train labels, test images, test labels) of CIFAR (Krizhevsky 2009), by torchvision."""
+    """(classes, train images, train labels, test images, test labels) of CIFAR, by torchvision."""
     from torchvision import datasets
 
     official = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
@@ -82,24 +88,26 @@ def load_cifar(dataset: str, data_dir: str, download_url: str | None = None) -> 
     is_new = not os.path.exists(data_dir)
     try:  # download=True also unpacks a tarball that is already there, without touching the network
         train, test = (source(data_dir, train=train, download=True) for train in (True, False))
-    except Exception as error:  # the network, the server and the md5 check each raise types of their own
+    except Exception as error:  # network, server and md5 check each raise types of their own
         if is_new and os.path.isdir(data_dir) and not os.listdir(data_dir):
             os.rmdir(data_dir)  # nothing came: leave no trace
         raise OSError(
-            f"cannot get {dataset} ({error}). Put {official.filename} (md5 {official.tgz_md5}) into {data_dir}/, "
-            f"or name a mirror with --download-url, or see everything run without it: --preset demo"
+            f"cannot get {dataset} ({error}). Put {official.filename} (md5 {official.tgz_md5}) "
+            f"into {data_dir}/, or name a mirror with --download-url, or see everything run "
+            f"without it: --preset demo"
         ) from None
     arrays = []
     for part in (train, test):
-        arrays += [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)]
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
+        arrays += [images.contiguous(), torch.tensor(part.targets)]
     return train.classes, *arrays
 
 
 def load_folder(data_dir: str, image_size: int) -> tuple:
     """(classes, train images, train labels, test images, test labels) of a folder of pictures.
 
-    Decoding happens once. The result is cached beside the pictures and made anew when a file's name, size or
-    time of change differs.
+    Decoding happens once. The result is cached beside the pictures and made anew when a file's
+    name, size or time of change differs.
     """
     from tqdm import tqdm
 
@@ -110,9 +118,11 @@ def load_folder(data_dir: str, image_size: int) -> tuple:
         files.append(part_files)
     if classes[0] != classes[1]:
         different = ", ".join(sorted(set(classes[0]) ^ set(classes[1])))
-        raise ValueError(f"{data_dir}: train and test must have the same classes; in only one of them: {different}")
+        wanted = "train and test must have the same classes"
+        raise ValueError(f"{data_dir}: {wanted}; in only one of them: {different}")
 
-    stamps = [(path, label, os.stat(path).st_size, os.stat(path).st_mtime_ns) for part in files for path, label in part]
+    stats = [(path, label, os.stat(path)) for part in files for path, label in part]
+    stamps = [(path, label, stat.st_size, stat.st_mtime_ns) for path, label, stat in stats]
     key = hashlib.sha256(repr((image_size, classes[0], stamps)).encode()).hexdigest()
     cache = os.path.join(data_dir, f".cache-{image_size}.pt")
     try:
@@ -140,18 +150,23 @@ def load_folder(data_dir: str, image_size: int) -> tuple:
 
 
 def list_images(root: str) -> tuple[list[str], list[tuple[str, int]]]:
-    """Class names, sorted, and (path, label) of every picture in root/<class>/. Hidden files and folders are skipped."""
+    """Class names, sorted, and (path, label) of every picture in root/<class>/.
+
+    Hidden files and folders are skipped. FileNotFoundError for what is missing or empty.
+    """
     from torchvision.datasets import folder
 
     def visible(path):
         hidden = any(part.startswith(".") for part in os.path.relpath(path, root).split(os.sep))
         return not hidden and folder.is_image_file(path)
 
+    expected = f"expected {root}/<class>/ with pictures in it"
     if not os.path.isdir(root):
-        raise FileNotFoundError(f"no folder {root}: expected {root}/<class>/ with pictures in it")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+        raise FileNotFoundError(f"no folder {root}: {expected}")
+    folders = [entry.name for entry in os.scandir(root) if entry.is_dir()]
+    classes = sorted(name for name in folders if not name.startswith("."))
     if not classes:
-        raise FileNotFoundError(f"no class folders in {root}: expected {root}/<class>/ with pictures in it")
+        raise FileNotFoundError(f"no class folders in {root}: {expected}")
     numbers = {name: i for i, name in enumerate(classes)}
     files = folder.make_dataset(root, numbers, is_valid_file=visible, allow_empty=True)
     empty = set(range(len(classes))) - {label for _, label in files}
@@ -161,9 +176,10 @@ def list_images(root: str) -> tuple[list[str], list[tuple[str, int]]]:
 
 
 def open_image(path: str, image_size: int) -> Tensor:
-    """A picture of any size and format as uint8 (3, image_size, image_size): scaled, then cropped to the centre square.
+    """A picture of any size and format as uint8 (3, image_size, image_size).
 
-    Raises ValueError with the path for a file that is not a whole picture.
+    Scaled, then cropped to the centre square. ValueError, with the path, for a file that is not a
+    whole picture.
     """
     from PIL import Image, ImageOps
 
@@ -177,20 +193,21 @@ def open_image(path: str, image_size: int) -> Tensor:
             if "transparency" in image.info:
                 image = image.convert("RGBA")
             image = image.convert("RGB")
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... for broken files
+    except Exception as error:  # PIL raises half a dozen types for broken files
         raise ValueError(f"cannot read the image {path}: {error}") from None
     image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def save_atomically(obj, path: str, write=torch.save):
-    """write(obj, file), such that path holds either the old file or the whole new one, whenever the process dies.
+    """write(obj, file), so that path holds the old file or the whole new one, whatever happens.
 
-    Written beside the target, flushed to the disk, then moved into place. OSError leaves the old file as it was.
+    Written beside the target, flushed to the disk, then moved into place. A kill or an OSError
+    leaves the old file as it was.
     """
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:  # an open file: torch.save(path) would hide the reason of a failure
+        with open(temporary, "wb") as file:  # torch.save(path) would hide why it failed
             write(obj, file)
             file.flush()
             os.fsync(file.fileno())
@@ -206,14 +223,16 @@ def write_text(text: str, file):
     file.write(text.encode())
 
 
-SHAPES = {  # class -> which points belong to it, given their coordinates u (right) and v (down) and radius r
+SHAPES = {  # class: which points belong to it, at u (right), v (down) and radius r
     "disk": lambda u, v, r: r < 0.95,
     "ring": lambda u, v, r: (0.6 < r) & (r < 1),
     "square": lambda u, v, r: torch.maximum(u.abs(), v.abs()) < 0.8,
     "frame": lambda u, v, r: (torch.maximum(u.abs(), v.abs()) - 0.7).abs() < 0.18,
     "triangle": lambda u, v, r: (v < 0.7) & (2 * u.abs() < v + 1),
     "diamond": lambda u, v, r: u.abs() + v.abs() < 1.1,
-    "plus": lambda u, v, r: (torch.minimum(u.abs(), v.abs()) < 0.25) & (torch.maximum(u.abs(), v.abs()) < 1),
+    "plus": lambda u, v, r: (
+        (torch.minimum(u.abs(), v.abs()) < 0.25) & (torch.maximum(u.abs(), v.abs()) < 1)
+    ),
     "cross": lambda u, v, r: ((u.abs() - v.abs()).abs() < 0.35) & (r < 1.1),
     "crescent": lambda u, v, r: (r < 1) & ((u - 0.5) ** 2 + v**2 > 0.6),
     "bars": lambda u, v, r: (u.abs() < 0.9) & ((v.abs() - 0.55).abs() < 0.25),
@@ -221,17 +240,19 @@ SHAPES = {  # class -> which points belong to it, given their coordinates u (rig
 
 
 def draw_shapes(n: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """n drawings of the ten SHAPES, in turn: uint8 (n, 3, S, S) and labels (n,). The same seed draws the same bytes.
+    """n drawings of the ten SHAPES, in turn: uint8 (n, 3, H, W) and int64 labels (n,).
 
-    Colours, place, size and tilt are random and independent of the class, so that neither the mean colour nor
-    any single pixel gives the class away: the shape has to be seen.
+    Colours, place, size and tilt are random and independent of the class, so that neither the mean
+    colour nor any single pixel gives the class away: the shape has to be seen. The same seed draws
+    the same bytes.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
-    S, chunks, labels = 2 * image_size, [], torch.arange(n) % len(SHAPES)  # drawn at twice the size: smooth edges
+    S = 2 * image_size  # drawn at twice the size: smooth edges
+    chunks, labels = [], torch.arange(n) % len(SHAPES)
     axis = (torch.arange(S) + 0.5) / S * 2 - 1
     for part in labels.split(1_000):
         m = len(part)
@@ -254,7 +275,8 @@ def draw_shapes(n: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
 def channel_statistics(images: Tensor) -> tuple[tuple, tuple]:
     """Mean and standard deviation of the pixels of uint8 (N, 3, H, W), per channel, in [0, 1].
 
-    Of all pixels together. (The std 0.2023, 0.1994, 0.2010 often pasted for CIFAR-10 is the mean of each image's own.)
+    Of all pixels together. (The std 0.2023, 0.1994, 0.2010 often pasted for CIFAR-10 is the mean of
+    each image's own.)
     """
     levels, mean, std = torch.arange(256, dtype=torch.float64) / 255, [], []
     for channel in images.unbind(1):
@@ -265,19 +287,26 @@ def channel_statistics(images: Tensor) -> tuple[tuple, tuple]:
 
 
 def split(n: int, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the training and the validation images: disjoint, complete, shuffled, a function of the seed."""
+    """Indices of the training and of the validation images: disjoint, complete, shuffled by seed.
+
+    ValueError unless 1 <= val_size < n.
+    """
     if not 1 <= val_size < n:
-        raise ValueError(f"val_size must be between 1 and {n - 1} for {n} training images, got {val_size}")
+        limits = f"between 1 and {n - 1} for {n} training images"
+        raise ValueError(f"val_size must be {limits}, got {val_size}")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return order[val_size:], order[:val_size]
 
 
-# --- augmentation: uint8 (N, 3, H, W) -> uint8 (N, 3, H, W), every image with draws of its own -----------------------
+# --- augmentation: uint8 (N, 3, H, W) -> uint8 (N, 3, H, W), every image with draws of its own ----
 
 
 def in_chunks(transform, images: Tensor, draws: Tensor) -> Tensor:
-    """transform(images, draws), a few thousand images at a time on a CPU, where intermediate results then stay in its
-    cache, and all at once on an accelerator, which likes few and large calls. draws: (N, ...), what each image drew."""
+    """transform(images, draws), a few thousand images at a time. draws: (N, ...), one an image.
+
+    So intermediate results stay in a CPU's cache. An accelerator likes few and large calls: it gets
+    all images at once.
+    """
     if images.device.type != "cpu":
         return transform(images, draws)
     out = torch.empty_like(images)
@@ -287,29 +316,32 @@ def in_chunks(transform, images: Tensor, draws: Tensor) -> Tensor:
 
 
 def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
-    """Pad with black on all sides, then cut a window of the old size at one of the (2 padding + 1)^2 offsets."""
+    """Pad with black, then cut a window of the old size at one of the (2 padding + 1)^2 offsets."""
 
     def cut(images, offsets):
         N, C, H, W = images.shape
         y, x = offsets.to(images.device).unbind(1)
         padded = nnF.pad(images, (padding,) * 4)
-        windows = padded.unfold(2, H, 1).unfold(3, W, 1)  # (N, C, 2p+1, 2p+1, H, W), a view: nothing is copied
+        # A view of all windows at once, in which nothing is copied: (N, C, 2p+1, 2p+1, H, W).
+        windows = padded.unfold(2, H, 1).unfold(3, W, 1)
         return windows[torch.arange(N, device=images.device), :, y, x]  # (N, C, H, W)
 
-    return in_chunks(cut, images, torch.randint(2 * padding + 1, (len(images), 2), generator=generator))
+    offsets = torch.randint(2 * padding + 1, (len(images), 2), generator=generator)
+    return in_chunks(cut, images, offsets)
 
 
 def random_resized_crop(images: Tensor, scale: tuple, ratio: tuple, generator: Generator) -> Tensor:
-    """Cut a window of random area (a fraction within scale) and aspect (width / height within ratio), resize it back.
+    """Cut a window of random area and aspect, and resize it to the old size, bilinearly.
 
-    The crop of GoogLeNet (Szegedy 2015) as torchvision's RandomResizedCrop draws it: ten tries, then the whole
-    image. Bilinear.
+    scale: limits of the window's area as a fraction of the image's; ratio: of its width / height.
+    The crop of GoogLeNet (Szegedy 2015) as torchvision's RandomResizedCrop draws it: ten tries,
+    then the whole image. Bilinear.
     """
     N, C, H, W = images.shape
     area = H * W * (scale[0] + (scale[1] - scale[0]) * torch.rand(N, 10, generator=generator))
-    log_ratio = math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * torch.rand(N, 10, generator=generator)
-    width = (area * log_ratio.exp()).sqrt().round()
-    height = (area / log_ratio.exp()).sqrt().round()
+    aspect = ratio[0] * (ratio[1] / ratio[0]) ** torch.rand(N, 10, generator=generator)
+    width = (area * aspect).sqrt().round()
+    height = (area / aspect).sqrt().round()
     fits = (0 < width) & (width <= W) & (0 < height) & (height <= H)
     first = fits.int().argmax(1, keepdim=True)  # the first try that fits
     width = torch.where(fits.any(1), width.gather(1, first)[:, 0], W)  # (N,)
@@ -320,17 +352,22 @@ def random_resized_crop(images: Tensor, scale: tuple, ratio: tuple, generator: G
 
 
 def resize_windows(images: Tensor, windows: Tensor) -> Tensor:
-    """Cut a window (top, left, height, width) from each image, windows (N, 4), and scale it up to the image's size."""
+    """Cut a window from each image and scale it to the image's size.
 
-    def centres(start, length, total):  # where the middle of each new pixel falls, in old pixels, then in -1..1
+    windows: (N, 4), each (top, left, height, width) in pixels.
+    """
+
+    def centres(start, length, total):  # where the middle of each new pixel falls, in -1..1
         new = (torch.arange(total, device=images.device) + 0.5) / total
-        old = start[:, None] + (new * length[:, None] - 0.5).clamp(min=0).minimum(length[:, None] - 1)
+        length = length[:, None]
+        old = start[:, None] + (new * length - 0.5).clamp(min=0).minimum(length - 1)  # in pixels
         return (old + 0.5) * 2 / total - 1  # (N, total)
 
     N, C, H, W = images.shape
     top, left, height, width = windows.to(images.device).unbind(1)
     y, x = centres(top, height, H), centres(left, width, W)
-    grid = torch.stack([x[:, None, :].expand(N, H, W), y[:, :, None].expand(N, H, W)], dim=-1)  # (N, H, W, 2)
+    x, y = x[:, None, :].expand(N, H, W), y[:, :, None].expand(N, H, W)
+    grid = torch.stack([x, y], dim=-1)  # (N, H, W, 2)
     return nnF.grid_sample(images.float(), grid, align_corners=False).round().to(torch.uint8)
 
 
@@ -339,20 +376,20 @@ def random_flip(images: Tensor, generator: Generator) -> Tensor:
 
     def flip(images, mirrored):
         out, index = images.clone(), mirrored.nonzero().flatten().to(images.device)
-        out[index] = images.index_select(0, index).flip(-1)  # index_select copies rows: faster than images[index]
+        out[index] = images.index_select(0, index).flip(-1)  # copies rows, faster than [index]
         return out
 
     return in_chunks(flip, images, torch.rand(len(images), generator=generator) < 0.5)
 
 
-# RandAugment (Cubuk 2020): each image draws num_ops of these 14 operations, and for the signed ones a sign.
-# The kernels are torchvision's own.
+# RandAugment (Cubuk 2020): each image draws num_ops of these 14 operations, and for the signed ones
+# a sign. The kernels are torchvision's own.
 OPERATIONS = {  # name: (kernel(F, image, strength), strength at magnitude 0 and at 30, signed)
     "Identity": (lambda F, x, m: x, None, False),
     "ShearX": (lambda F, x, m: shear(F, x, m, 0.0), lambda H, W: (0, 0.3), True),
     "ShearY": (lambda F, x, m: shear(F, x, 0.0, m), lambda H, W: (0, 0.3), True),
-    "TranslateX": (lambda F, x, m: translate(F, x, int(m), 0), lambda H, W: (0, 150 / 331 * W), True),
-    "TranslateY": (lambda F, x, m: translate(F, x, 0, int(m)), lambda H, W: (0, 150 / 331 * H), True),
+    "TranslateX": (lambda F, x, m: translate(F, x, m, 0), lambda H, W: (0, 150 / 331 * W), True),
+    "TranslateY": (lambda F, x, m: translate(F, x, 0, m), lambda H, W: (0, 150 / 331 * H), True),
     "Rotate": (lambda F, x, m: F.rotate(x, m), lambda H, W: (0, 30), True),
     "Brightness": (lambda F, x, m: F.adjust_brightness(x, 1 + m), lambda H, W: (0, 0.9), True),
     "Color": (lambda F, x, m: F.adjust_saturation(x, 1 + m), lambda H, W: (0, 0.9), True),
@@ -363,8 +400,10 @@ OPERATIONS = {  # name: (kernel(F, image, strength), strength at magnitude 0 and
     "AutoContrast": (lambda F, x, m: F.autocontrast(x), None, False),
     "Equalize": (lambda F, x, m: F.equalize(x), None, False),
 }
-MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")  # the same pixels move, whatever the image shows
-MAPS = ("Brightness", "Posterize", "Solarize")  # a new value depends on the old value alone
+# The first kind moves pixels, the same whatever the image shows; for the second a new value depends
+# on the old value alone.
+MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+MAPS = ("Brightness", "Posterize", "Solarize")
 
 
 def shear(F, x: Tensor, along_x: float, along_y: float) -> Tensor:
@@ -372,14 +411,16 @@ def shear(F, x: Tensor, along_x: float, along_y: float) -> Tensor:
     return F.affine(x, angle=0.0, translate=[0, 0], scale=1.0, shear=degrees, center=[0, 0])
 
 
-def translate(F, x: Tensor, right: int, down: int) -> Tensor:
-    return F.affine(x, angle=0.0, translate=[right, down], scale=1.0, shear=[0.0, 0.0])
+def translate(F, x: Tensor, right: float, down: float) -> Tensor:
+    pixels = [int(right), int(down)]
+    return F.affine(x, angle=0.0, translate=pixels, scale=1.0, shear=[0.0, 0.0])
 
 
 def sharpen(images: Tensor, factor: float) -> Tensor:
-    """torchvision's adjust_sharpness to the bit, by sums of integers: its convolution costs 20 times as much on a CPU.
+    """torchvision's adjust_sharpness to the bit, without its convolution: 20 times faster on a CPU.
 
-    Blurred = mean over 3x3 with the centre counted five times; the border of one pixel stays as it is.
+    Blurred is the mean over 3x3 with the centre counted five times, here by sums of integers; the
+    border of one pixel stays as it is.
     """
     x = images.short()
     rows = x[..., :-2] + x[..., 1:-1] + x[..., 2:]
@@ -391,10 +432,11 @@ def sharpen(images: Tensor, factor: float) -> Tensor:
 
 
 def apply_operation(images: Tensor, name: str, magnitude: int, sign: int, fill=None) -> Tensor:
-    """One operation at one magnitude (0..30) and sign (+1, -1) on uint8 (n, 3, H, W), each image by itself.
+    """One operation at one magnitude (0..30) and sign (+1, -1) on uint8 (n, 3, H, W).
 
-    Equals torchvision's kernel, image by image, to the bit. Two kinds of operation need their kernel only once
-    for all images: MOVES show what they do on an image of pixel numbers, MAPS on the 256 grey values.
+    Equals torchvision's kernel, image by image, to the bit. Two kinds of operation need their
+    kernel only once for all images: MOVES show what they do on an image of pixel numbers, MAPS on
+    the 256 grey values.
     """
     from torchvision.transforms.v2 import functional as F
 
@@ -402,7 +444,7 @@ def apply_operation(images: Tensor, name: str, magnitude: int, sign: int, fill=N
     kernel, strengths, _ = OPERATIONS[name]
     strength = sign * torch.linspace(*strengths(H, W), 31)[magnitude].item() if strengths else 0.0
     if name in MOVES:
-        numbers = torch.arange(1.0, H * W + 1).view(1, 1, H, W)  # from 1: the kernel fills with 0 from outside
+        numbers = torch.arange(1.0, H * W + 1).view(1, 1, H, W)  # from 1: 0 will mean "outside"
         source = kernel(F, numbers, strength).flatten().long().to(images.device)
         outside = torch.tensor(fill or [0] * C).round().to(images).view(1, C, 1).expand(n, C, 1)
         pixels = torch.cat([outside, images.flatten(2)], dim=2)  # (n, C, 1 + H W)
@@ -423,19 +465,22 @@ def rand_augment(
 ) -> Tensor:
     """RandAugment (Cubuk 2020) of uint8 (N, 3, H, W), with independent draws for every image.
 
-    magnitude: 0..30, as in torchvision; prob: chance that a drawn operation is applied at all; fill: the colour
-    (3 numbers, 0..255) of what comes in from outside, None for black. (2, 9) is torchvision's default. timm's
-    "rand-m9" is three times as strong and skips half: (2, 27, prob=0.5, fill=mean colour) is nearest to it.
+    magnitude: 0..30, as in torchvision; prob: chance that a drawn operation is applied at all;
+    fill: the colour (3 numbers, 0..255) of what comes in from outside, None for black. (2, 9) is
+    torchvision's default. timm's "rand-m9" is three times as strong and skips half: (2, 27,
+    prob=0.5, fill=mean colour) is nearest to it.
 
-    torchvision's class draws once per call, so that a batch would be all rotated or all solarized. Here the
-    images that drew the same operation and sign are gathered, transformed by one call, and put back.
+    torchvision's class draws once per call, so that a batch would be all rotated or all solarized.
+    Here the images that drew the same operation and sign are gathered, transformed by one call, and
+    put back.
     """
     N, names = len(images), list(OPERATIONS)
     signed = torch.tensor([signed for _, _, signed in OPERATIONS.values()])
     operation = torch.randint(len(names), (N, num_ops), generator=generator)
     negative = torch.randint(2, (N, num_ops), generator=generator) * signed[operation]
     skipped = torch.rand(N, num_ops, generator=generator) >= prob
-    draws = (2 * operation + negative).masked_fill(skipped, 0)  # a number for each operation and sign, 0: Identity
+    # One number for each operation and sign; 0 is Identity.
+    draws = (2 * operation + negative).masked_fill(skipped, 0)
 
     def transform(images, draws):
         out = images.clone()
@@ -444,19 +489,27 @@ def rand_augment(
             groups = slot.to(out.device).argsort().split(counts)
             for draw, group in enumerate(groups):
                 if draw >= 2 and len(group):
-                    sign = -1 if draw % 2 else 1
-                    out[group] = apply_operation(out.index_select(0, group), names[draw // 2], magnitude, sign, fill)
+                    name, sign = names[draw // 2], -1 if draw % 2 else 1
+                    chosen = out.index_select(0, group)
+                    out[group] = apply_operation(chosen, name, magnitude, sign, fill)
         return out
 
     return in_chunks(transform, images, draws)
 
 
 def augment(
-    images: Tensor, crop: str, num_ops: int, magnitude: int, prob: float, fill: tuple | None, generator: Generator
+    images: Tensor,
+    crop: str,
+    num_ops: int,
+    magnitude: int,
+    prob: float,
+    fill: tuple | None,
+    generator: Generator,
 ) -> Tensor:
     """The training augmentation of uint8 (N, 3, H, W): crop, flip, RandAugment, in DeiT's order.
 
-    crop: "pad" (pad by 1/8 of the side, 4 pixels at 32, and cut), "resized" (80 to 100 % of the area) or "none".
+    crop: "pad" (pad by 1/8 of the side, 4 pixels at 32, and cut), "resized" (80 to 100 % of the
+    area) or "none".
     """
     if crop == "pad":
         images = random_crop(images, images.shape[-1] // 8, generator)
@@ -466,44 +519,53 @@ def augment(
     return rand_augment(images, num_ops, magnitude, prob, fill, generator)
 
 
-# --- batches: uint8 images and labels -> normalised float32 images and soft targets ----------------------------------
+# --- batches: uint8 images and labels -> normalised float32 images and soft targets ---------------
 
 
 def normalize(images: Tensor, mean: tuple | Tensor, std: tuple | Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32: (x / 255 - mean) / std in every channel, as one multiplication and one addition.
+    """uint8 (B, 3, H, W) -> float32: (x / 255 - mean) / std in every channel.
 
-    Tensors that are on the device already save a copy to it, for which the CPU would wait.
+    mean and std as tensors on the device save a copy to it, for which the CPU would wait.
     """
     mean, std = (torch.as_tensor(x, device=images.device).view(-1, 1, 1) for x in (mean, std))
     return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
-    """int64 (B,) -> float32 (B, K): 1 - smoothing on the label, plus smoothing / K everywhere (Szegedy 2016, section 7)."""
+    """int64 (B,) -> float32 (B, K): 1 - smoothing on the label, plus smoothing / K everywhere.
+
+    Label smoothing: Szegedy 2016, section 7.
+    """
     return nnF.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
 
 def draw_lambda(alpha: float, generator: Generator) -> float:
-    """A number from Beta(alpha, alpha). torch cannot draw it from a generator; numpy can, seeded by ours."""
+    """A number from Beta(alpha, alpha): numpy draws it, as torch cannot from a generator."""
     seed = torch.randint(2**62, (), generator=generator).item()
     return float(np.random.default_rng(seed).beta(alpha, alpha))
 
 
-def mixup(images: Tensor, targets: Tensor, alpha: float, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Blend every image with its neighbour, lambda to 1 - lambda, and the targets alike (Zhang 2018).
+def mixup(
+    images: Tensor, targets: Tensor, alpha: float, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Blend every image with a neighbour, lambda to 1 - lambda, and the targets alike (Zhang 2018).
 
-    images: float (B, 3, H, W); targets: (B, K) whose rows sum to 1. One lambda ~ Beta(alpha, alpha) a batch.
-    The neighbour is the previous image of the batch: batches are shuffled, so it is a random one.
+    images: float (B, 3, H, W); targets: (B, K) whose rows sum to 1. One lambda ~ Beta(alpha, alpha)
+    a batch. The neighbour is the previous image of the batch: batches are shuffled, so it is a
+    random one.
     """
     share = draw_lambda(alpha, generator)
     return tuple(share * x + (1 - share) * x.roll(1, 0) for x in (images, targets))
 
 
-def cutmix(images: Tensor, targets: Tensor, alpha: float, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Paste the same box of every image's neighbour into it; mix the targets by area (Yun 2019). Shapes as in mixup.
+def cutmix(
+    images: Tensor, targets: Tensor, alpha: float, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Paste the same box of every image's neighbour into it; mix the targets by area (Yun 2019).
+    Shapes as in mixup.
 
-    The box aims at 1 - lambda of the area; centred anywhere, it may stick out, so the share is taken from what
-    was really pasted.
+    The box aims at 1 - lambda of the area; centred anywhere, it may stick out, so the share is
+    taken from what was really pasted.
     """
     H, W = images.shape[-2:]
     half = math.sqrt(1 - draw_lambda(alpha, generator)) / 2
@@ -519,73 +581,87 @@ def cutmix(images: Tensor, targets: Tensor, alpha: float, generator: Generator) 
 def combine(
     images: Tensor, targets: Tensor, mixup_alpha: float, cutmix_alpha: float, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Mix a batch by mixup or by cutmix, with equal chances. An alpha of 0 switches that one off."""
-    on = [(mix, alpha) for mix, alpha in ((mixup, mixup_alpha), (cutmix, cutmix_alpha)) if alpha > 0]
+    """Mix a batch by mixup or by cutmix, with equal chances. An alpha of 0 switches one off."""
+    both = ((mixup, mixup_alpha), (cutmix, cutmix_alpha))
+    on = [(mix, alpha) for mix, alpha in both if alpha > 0]
     if not on:
         return images, targets
     mix, alpha = on[torch.randint(len(on), (), generator=generator).item()]
     return mix(images, targets, alpha, generator)
 
 
-def train_batches(images: Tensor, labels: Tensor, batch_size: int, collate, generator: Generator) -> DataLoader:
-    """One epoch of shuffled batches, made by collate(images, labels) from uint8 (B, 3, H, W) and int64 (B,).
+def train_batches(
+    images: Tensor, labels: Tensor, batch_size: int, collate, generator: Generator
+) -> DataLoader:
+    """One epoch of shuffled batches, made by collate(uint8 (B, 3, H, W), int64 (B,)).
 
-    Every image is visited at most once; the incomplete last batch is dropped, so that all shapes are equal. The
-    epoch is shuffled in one call, so the sampler yields whole batches, as slices that cost nothing to fetch.
+    Every image is visited at most once; the incomplete last batch is dropped, so that all shapes
+    are equal. The epoch is shuffled in one call, so the sampler yields whole batches, as slices
+    that cost nothing to fetch.
     """
     order = torch.randperm(len(images), generator=generator).to(images.device)
     dataset = TensorDataset(images.index_select(0, order), labels[order])
     batches = [slice(i, i + batch_size) for i in range(0, len(images) - batch_size + 1, batch_size)]
     return DataLoader(
-        dataset, sampler=batches, batch_size=None, collate_fn=lambda batch: collate(*batch), generator=generator
+        dataset,
+        sampler=batches,
+        batch_size=None,
+        collate_fn=lambda batch: collate(*batch),
+        generator=generator,
     )
 
 
 def main(argv: list[str] | None = None):
-    """Draw one image through every augmentation, each with several draws, into a picture."""
+    """Draw images through every augmentation, each with several draws, into one picture."""
     import argparse
 
     import matplotlib.pyplot as plt
 
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--dataset", default="shapes", help="cifar10, cifar100, folder or shapes (default: %(default)s)")
-    parser.add_argument("--data-dir", default="data", help="where the dataset lies (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels (default: %(default)s)")
-    parser.add_argument("--out", default="augmentation.png", help="the picture to write (default: %(default)s)")
+    add = parser.add_argument
+    add("--dataset", default="shapes", help="cifar10, cifar100, folder or shapes (the default)")
+    add("--data-dir", default="data", help="where the dataset lies (default: data)")
+    add("--image-size", type=int, default=32, help="pixels (default: 32)")
+    add("--out", default="augmentation.png", help="the picture to write (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
-        data = load(args.dataset, args.data_dir, args.image_size)
+        dataset = load(args.dataset, args.data_dir, args.image_size)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 
     columns, generator = 8, torch.Generator().manual_seed(0)
-    one = data.train_images[len(data.train_images) * 3 // 4][None].repeat(columns, 1, 1, 1)
-    some = data.train_images[torch.randperm(len(data.train_images), generator=generator)[:columns]]
-    fill = tuple(255 * m for m in data.mean)
+    images = dataset.train_images
+    one = images[len(images) * 3 // 4].repeat(columns, 1, 1, 1)
+    some = images[torch.randperm(len(images), generator=generator)[:columns]]
+    fill = tuple(255 * m for m in dataset.mean)
     rows = {
-        "original": one,
+        "an image": one,
         "random_crop": random_crop(one, one.shape[-1] // 8, generator),
         "random_resized_crop": random_resized_crop(one, (0.8, 1.0), (3 / 4, 4 / 3), generator),
         "random_flip": random_flip(one, generator),
     }
-    steps = torch.linspace(-30, 30, columns).round().int().tolist()
     for name, (_, strengths, signed) in OPERATIONS.items():
-        if name != "Identity":
-            cells = [apply_operation(one[:1], name, abs(m), 1 if m > 0 or not signed else -1) for m in steps]
-            rows[f"{name} {'-30 .. 30' if signed else '30 .. 0 .. 30' if strengths else ''}"] = torch.cat(cells)
+        if strengths:
+            magnitudes = torch.linspace(-30 if signed else 0, 30, columns).round().int().tolist()
+            cells = [apply_operation(one[:1], name, abs(m), -1 if m < 0 else 1) for m in magnitudes]
+            rows[f"{name}, {magnitudes[0]} to 30"] = torch.cat(cells)
     rows["rand_augment(2, 9)"] = rand_augment(one, 2, 9, generator=generator)
     rows["rand_augment(2, 27, 0.5, mean)"] = rand_augment(one, 2, 27, 0.5, fill, generator)
     rows["a batch"] = some
+    for name in ("AutoContrast", "Equalize"):
+        rows[f"{name} of the batch"] = apply_operation(some, name, 30, 1)
     for mix in (mixup, cutmix):
-        rows[mix.__name__] = mix(some.float(), torch.zeros(columns, 1), 1.0, generator)[0].to(torch.uint8)
+        mixed, _ = mix(some.float(), torch.zeros(columns, 1), 1.0, generator)
+        rows[f"{mix.__name__} of the batch"] = mixed.to(torch.uint8)
 
-    figure, axes = plt.subplots(len(rows), columns, figsize=(columns * 0.9 + 2.6, len(rows) * 0.9))
+    size = (0.9 * columns + 2.6, 0.9 * len(rows) + 0.5)
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, layout="constrained")
     for line, (title, images) in zip(axes, rows.items()):
         for axis, image in zip(line, images):
             axis.imshow(image.permute(1, 2, 0).numpy())
             axis.axis("off")
         line[0].text(-0.15, 0.5, title, ha="right", va="center", transform=line[0].transAxes)
-    figure.subplots_adjust(left=2.6 / (columns * 0.9 + 2.6), right=0.99, bottom=0.01, top=0.99, wspace=0.05, hspace=0.05)
+    figure.suptitle(f"{args.dataset}: what augmentation makes of an image, and of a batch")
     figure.savefig(args.out, dpi=75)
     print(f"wrote {args.out}")
 

@@ -1,13 +1,16 @@
 """
-Reading a trained model: metrics, pictures, and the classification of your own images. The only reader of checkpoints.
+Reading a trained model: metrics, pictures, and the classification of your own images. The only
+reader of checkpoints.
 
-    python evaluate.py out/best.pt                        the test set: numbers, metrics.json and pictures beside it
-    python evaluate.py out/best.pt --split val            the validation images the checkpoint was chosen on
-    python evaluate.py out/best.pt --images cat.jpg       what is in this picture, and how sure is the model
+    python evaluate.py out/best.pt                        the test set: numbers, metrics.json and
+    pictures beside it python evaluate.py out/best.pt --split val            the validation images
+    the checkpoint was chosen on python evaluate.py out/best.pt --images cat.jpg       what is in
+    this picture, and how sure is the model
 
-A checkpoint holds all that is needed (both configs, class names, normalisation), so there are no model flags.
+A checkpoint holds all that is needed (both configs, class names, normalisation), so there are no
+model flags.
 
-Axes:  N images   B batch   L blocks   h heads   P patches   T tokens   K classes
+Axes:  B images   L blocks   h heads   N tokens   P patches   K classes
 """
 
 import argparse
@@ -30,8 +33,9 @@ FORMAT = "vit-cifar10 checkpoint 1"  # train.py writes this line into its checkp
 def load_checkpoint(path: str) -> dict:
     """Read a checkpoint of train.py: plain data only, with every tensor on the CPU.
 
-    Raises FileNotFoundError, or ValueError for a file that is damaged (every stored byte is checked against its
-    CRC, which torch.load does not do) or foreign. Code hidden in a file is never run: weights_only.
+    Raises FileNotFoundError, or ValueError for a file that is damaged (every stored byte is checked
+    against its CRC, which torch.load does not do) or foreign. Code hidden in a file is never run:
+    weights_only.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -42,7 +46,8 @@ def load_checkpoint(path: str) -> dict:
     except PermissionError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # zipfile and torch.load raise half a dozen types for broken files
-        raise ValueError(f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})") from None
+        what = f"damaged or not a checkpoint of train.py ({type(error).__name__})"
+        raise ValueError(f"{path} is {what}") from None
     if damaged:
         raise ValueError(f"{path} is damaged: wrong checksum in {damaged}")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
@@ -58,33 +63,39 @@ def load_checkpoint(path: str) -> dict:
 
 
 def build_model(checkpoint: dict) -> VisionTransformer:
-    """The trained model in eval mode: the averaged weights (EMA) where the run kept them, else the last ones."""
+    """The trained model in eval mode: with the averaged weights (EMA) where the run kept them."""
     model = VisionTransformer(ViTConfig(**checkpoint["vit"]))
     model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
     return model.eval()
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the accelerator that is there, else the CPU. ValueError for a device that is not there."""
-    found = torch.accelerator.current_accelerator(check_available=True)  # unchecked, it names what torch was built for
+    """ "auto" is the accelerator that is there, else the CPU. ValueError for a device that is not
+    there."""
+    # Unchecked, it would name what torch was built for.
+    found = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return found or torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f'unknown device "{name}": expected auto, cpu, cuda or mps') from None
+    absent = f'device "{name}" is not available here; there'
     if device.type != "cpu" and (found is None or device.type != found.type):
-        raise ValueError(f'device "{name}" is not available here; there is {found.type if found else "only cpu"}')
+        raise ValueError(f"{absent} is {found.type if found else 'only cpu'}")
     if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
-        raise ValueError(f'device "{name}" is not available here; there are {torch.accelerator.device_count()}')
+        raise ValueError(f"{absent} are {torch.accelerator.device_count()}")
     return device
 
 
 @torch.no_grad()
-def predict(model, images: Tensor, mean: tuple, std: tuple, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Logits, float32 (N, K), of uint8 images (N, 3, H, W): every image once, in order, only normalised.
+def predict(
+    model, images: Tensor, mean: tuple, std: tuple, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Logits, float32 (B, K), of uint8 images (B, 3, H, W): each once, in order, only normalised.
 
-    In eval mode, and in the mode it was found in the model is left. dtype below float32 means autocast.
+    In eval mode; the model is left in the mode it was found in. A dtype below float32 means
+    autocast.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -99,10 +110,11 @@ def predict(model, images: Tensor, mean: tuple, std: tuple, dtype: torch.dtype =
 
 
 def measure(logits: Tensor, labels: Tensor, classes: list[str]) -> dict:
-    """All the numbers about predictions, as plain data. Fractions are in [0, 1]; a class never predicted has precision 0.
+    """All the numbers about predictions, as plain data, from logits (B, K) and int64 labels (B,).
 
-    confusion_matrix[i][j] counts images of class i that were taken for class j. ece is the expected calibration
-    error (Guo 2017): the mean distance between confidence and accuracy, over 15 equal bins of confidence.
+    Fractions are in [0, 1]; a class never predicted has precision 0. confusion_matrix[i][j] counts
+    images of class i that were taken for class j. ece is the expected calibration error (Guo 2017):
+    the mean distance between confidence and accuracy, over 15 equal bins of confidence.
     """
     K, labels = len(classes), labels.cpu()
     probabilities = logits.cpu().double().softmax(1)
@@ -130,14 +142,14 @@ def describe(metrics: dict) -> str:
     """The metrics as a text for people."""
     classes, width = metrics["classes"], max(len("class"), *map(len, metrics["classes"]))
     lines = [
-        f"accuracy {metrics['accuracy']:.2%} of {metrics['images']:,} images | loss {metrics['loss']:.4f} | "
-        f"calibration error {metrics['ece']:.2%}",
+        f"accuracy {metrics['accuracy']:.2%} of {metrics['images']:,} images | "
+        f"loss {metrics['loss']:.4f} | calibration error {metrics['ece']:.2%}",
         f"{'class':<{width}}   images   precision   recall       F1",
     ]
     for i, name in enumerate(classes):
-        precision, recall, f1 = (metrics[key][i] for key in ("precision", "recall", "f1"))
         count = sum(metrics["confusion_matrix"][i])
-        lines.append(f"{name:<{width}}  {count:>7,}  {precision:>10.2%}  {recall:>7.2%}  {f1:>7.2%}")
+        precision, recall, f1 = (f"{metrics[key][i]:.2%}" for key in ("precision", "recall", "f1"))
+        lines.append(f"{name:<{width}}  {count:>7,}  {precision:>10}  {recall:>7}  {f1:>7}")
     confusions = [
         (count, f"{classes[i]} for {classes[j]} {count}x")
         for i, row in enumerate(metrics["confusion_matrix"])
@@ -150,23 +162,23 @@ def describe(metrics: dict) -> str:
 
 
 def attention_rollout(maps: Tensor) -> Tensor:
-    """How much each patch reaches the final prediction through all blocks: (L, B, h, T, T) -> (B, T, T).
+    """What each final token is made of, through all blocks: (L, B, h, N, N) -> (B, N, N).
 
-    Attention rollout (Abnar & Zuidema 2020): heads are averaged, half of each block's flow is the residual
-    connection, and blocks multiply. Row i says what final token i is made of, and sums to 1.
+    Attention rollout (Abnar & Zuidema 2020): heads are averaged, half of each block's flow is the
+    residual connection, and blocks multiply. Row i says what final token i is made of, and sums to
+    1.
     """
-    T = maps.shape[-1]
-    rollout = torch.eye(T, device=maps.device, dtype=maps.dtype)
-    for attention in maps.mean(dim=2):  # (B, T, T), first block first
-        rollout = (attention + torch.eye(T, device=maps.device, dtype=maps.dtype)) / 2 @ rollout
+    rollout = identity = torch.eye(maps.shape[-1], device=maps.device, dtype=maps.dtype)
+    for attention in maps.mean(dim=2):  # (B, N, N), first block first
+        rollout = (attention + identity) / 2 @ rollout
     return rollout
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def new_figure(rows: int = 1, columns: int = 1, **options):
-    """A matplotlib figure and its axes, for writing to a file: no window system, no global state."""
+    """A matplotlib figure and its axes, (rows, columns): no window system, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -205,7 +217,8 @@ def plot_confusion_matrix(path: str, metrics: dict, title: str):
 def read_log(path: str) -> list[dict]:
     """The rows of log.csv, as dictionaries of floats; an empty cell is None."""
     with open(path, newline="") as file:
-        return [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [{key: float(text) if text else None for key, text in row.items()} for row in rows]
 
 
 def plot_curves(path: str, history: list[dict], title: str):
@@ -233,11 +246,12 @@ def plot_curves(path: str, history: list[dict], title: str):
     figure.savefig(path, dpi=110)
 
 
-def plot_attention(path: str, model: VisionTransformer, images: Tensor, mean: tuple, std: tuple, title: str):
+def plot_attention(path: str, model, images: Tensor, mean: tuple, std: tuple, title: str):
     """Where the answer comes from: rollout over up to eight uint8 images (B, 3, H, W)."""
     images = images[:8].cpu()
     device = next(model.parameters()).device
-    rollout = attention_rollout(model.attention_maps(data.normalize(images.to(device), mean, std)))  # (B, T, T)
+    maps = model.attention_maps(data.normalize(images.to(device), mean, std))  # (L, B, h, N, N)
+    rollout = attention_rollout(maps)  # (B, N, N)
     flow = rollout[:, 0, 1:] if model.config.pool == "cls" else rollout.mean(1)  # (B, P)
     side = model.config.image_size // model.config.patch_size
     flow = flow.view(-1, 1, side, side)
@@ -251,59 +265,73 @@ def plot_attention(path: str, model: VisionTransformer, images: Tensor, mean: tu
     figure.savefig(path, dpi=110)
 
 
-def plot_mistakes(path: str, images: Tensor, labels: Tensor, logits: Tensor, classes: list[str], title: str):
+def plot_mistakes(path: str, images: Tensor, labels: Tensor, logits: Tensor, classes, title: str):
     """The wrong answers the model was surest of, up to twenty."""
     confidence, predicted = logits.softmax(1).max(1)
     wrong = (predicted != labels).nonzero().flatten()
     worst = wrong[confidence[wrong].argsort(descending=True)][:20].tolist()
-    figure, axes = new_figure(max(1, -(-len(worst) // 5)), 5, figsize=(9, 1 + 2 * max(1, -(-len(worst) // 5))))
+    rows = max(1, -(-len(worst) // 5))
+    figure, axes = new_figure(rows, 5, figsize=(9, 1 + 2 * rows))
     for axis in axes.flat:
         axis.axis("off")
     for axis, i in zip(axes.flat, worst):
         text = f"{classes[predicted[i]]}, {confidence[i]:.0%} sure\nis {classes[labels[i]]}"
         show_image(axis, images[i], text)
-    figure.suptitle(f"{title}: the {len(worst)} most confident mistakes" if worst else f"{title}: no mistakes")
+    what = f"the {len(worst)} most confident mistakes" if worst else "no mistakes"
+    figure.suptitle(f"{title}: {what}")
     figure.savefig(path, dpi=110)
 
 
 def plot_positions(path: str, model: VisionTransformer, title: str):
     """Cosine similarity of each patch's learned position with all others (ViT, figure 7)."""
-    table = model.pos_embed.detach()[0, -model.config.num_patches :].cpu()  # (P, D), without the class token's
+    # Without the class token's, which is the first: (P, D).
+    table = model.pos_embed.detach()[0, -model.config.num_patches :].cpu()
     side = model.config.image_size // model.config.patch_size
     shown = range(0, side, -(-side // 8))  # at most 8 x 8 of the patches
-    figure, axes = new_figure(len(shown), len(shown), figsize=(0.8 * len(shown) + 1.5, 0.8 * len(shown) + 0.8))
+    size = 0.8 * len(shown)
+    figure, axes = new_figure(len(shown), len(shown), figsize=(size + 1.5, size + 0.8))
     for row, line in zip(shown, axes):
         for column, axis in zip(shown, line):
-            similarity = nnF.cosine_similarity(table[row * side + column], table, dim=-1).view(side, side)
-            picture = axis.imshow(similarity.numpy(), vmin=-1, vmax=1, cmap="RdBu_r")
+            similarity = nnF.cosine_similarity(table[row * side + column], table, dim=-1)  # (P,)
+            grid = similarity.view(side, side).numpy()
+            picture = axis.imshow(grid, vmin=-1, vmax=1, cmap="RdBu_r")
             axis.set_xticks([])
             axis.set_yticks([])
     figure.colorbar(picture, ax=axes, label="cosine similarity", shrink=0.7)
-    figure.suptitle(f"{title}: similarity of the learned positions,\none small map per patch", fontsize=10)
+    what = "similarity of the learned positions,\none small map per patch"
+    figure.suptitle(f"{title}: {what}", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
-# --- the program -----------------------------------------------------------------------------------------------------
+# --- the program ----------------------------------------------------------------------------------
 
 
 def evaluate(
-    checkpoint: dict, out: str, split: str = "test", data_dir: str | None = None, device: str = "auto", dataset=None
+    checkpoint: dict,
+    out: str,
+    split: str = "test",
+    data_dir: str | None = None,
+    device: str = "auto",
+    dataset: data.Dataset | None = None,
 ) -> dict:
-    """Evaluate a checkpoint on "test" or "val", write metrics.json and the pictures into out, return the metrics.
+    """Evaluate on split "test" or "val": write metrics.json and pictures, return the metrics.
 
-    dataset: a data.Dataset that is loaded already; otherwise the one the checkpoint was trained on is loaded.
-    The files of the validation split are called *_val, but for curves and positions. ValueError if the data do not fit the checkpoint.
+    dataset: a data.Dataset that is loaded already; otherwise the one the checkpoint was trained on
+    is loaded. The files of the validation split are called *_val, but for curves and positions.
+    ValueError if the data do not fit the checkpoint.
     """
     recipe, classes, mean, std = (checkpoint[key] for key in ("train", "classes", "mean", "std"))
+    data_dir, image_size = data_dir or recipe["data_dir"], checkpoint["vit"]["image_size"]
     if dataset is None:
-        data_dir = data_dir or recipe["data_dir"]
-        dataset = data.load(recipe["dataset"], data_dir, checkpoint["vit"]["image_size"], recipe["download_url"])
+        dataset = data.load(recipe["dataset"], data_dir, image_size, recipe["download_url"])
     if list(dataset.classes) != list(classes):
-        raise ValueError(f"the checkpoint knows the classes {', '.join(classes)}; the data have {', '.join(dataset.classes)}")
+        known, found = ", ".join(classes), ", ".join(dataset.classes)
+        raise ValueError(f"the checkpoint knows the classes {known}; the data have {found}")
     images, labels = dataset.test_images, dataset.test_labels
     if split == "val":  # the same images as in training, or none: others may have been trained on
         if len(dataset.train_images) - recipe["val_size"] != checkpoint["train_images"]:
-            raise ValueError("the training images have changed since: the validation images are lost among them")
+            lost = "the validation images are lost among them"
+            raise ValueError(f"the training images have changed since: {lost}")
         _, index = data.split(len(dataset.train_images), recipe["val_size"], recipe["seed"])
         images, labels = dataset.train_images[index], dataset.train_labels[index]
 
@@ -313,18 +341,23 @@ def evaluate(
 
     os.makedirs(out, exist_ok=True)
     suffix = "" if split == "test" else f"_{split}"
-    name = recipe["dataset"] if recipe["dataset"] != "folder" else os.path.basename(os.path.abspath(recipe["data_dir"]))
+    name = recipe["dataset"]
+    if name == "folder":
+        name = os.path.basename(os.path.abspath(data_dir))
     title = f"{name}, {split} images"
-    plot_confusion_matrix(os.path.join(out, f"confusion_matrix{suffix}.png"), metrics, title)
+
+    def path(name):
+        return os.path.join(out, name)
+
+    plot_confusion_matrix(path(f"confusion_matrix{suffix}.png"), metrics, title)
     some = images[:: max(1, len(images) // 8)]  # from all over the set: a folder is sorted by class
-    plot_attention(os.path.join(out, f"attention{suffix}.png"), model, some, mean, std, title)
-    plot_mistakes(os.path.join(out, f"mistakes{suffix}.png"), images, labels, logits, classes, title)
-    plot_positions(os.path.join(out, "positions.png"), model, name)
-    if os.path.exists(log := os.path.join(out, "log.csv")):
-        plot_curves(os.path.join(out, "curves.png"), read_log(log), name)
+    plot_attention(path(f"attention{suffix}.png"), model, some, mean, std, title)
+    plot_mistakes(path(f"mistakes{suffix}.png"), images, labels, logits, classes, title)
+    plot_positions(path("positions.png"), model, name)
+    if os.path.exists(path("log.csv")):
+        plot_curves(path("curves.png"), read_log(path("log.csv")), name)
     text = json.dumps(metrics, indent=1)  # last, so that where it is, everything is
-    path = os.path.join(out, f"metrics{suffix}.json")
-    data.save_atomically(text, path, write=data.write_text)
+    data.save_atomically(text, path(f"metrics{suffix}.json"), write=data.write_text)
     return metrics
 
 
@@ -368,12 +401,13 @@ def fail(error: Exception | str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description="Evaluate a checkpoint of train.py, or classify pictures with it.")
-    parser.add_argument("checkpoint", help="such as out/best.pt")
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="images to evaluate on (default: test)")
-    parser.add_argument("--images", nargs="+", metavar="PICTURE", help="classify these pictures instead")
-    parser.add_argument("--data-dir", help="where the dataset lies (default: as in training)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    parser.add_argument("--out", help="folder for metrics.json and the pictures (default: the checkpoint's)")
+    add = parser.add_argument
+    add("checkpoint", help="such as out/best.pt")
+    add("--split", choices=("test", "val"), default="test", help="which images (default: test)")
+    add("--images", nargs="+", metavar="PICTURE", help="classify these pictures instead")
+    add("--data-dir", help="where the dataset lies (default: as in training)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    add("--out", help="folder for metrics and pictures (default: the checkpoint's)")
     try:
         args = parser.parse_args(argv)
         checkpoint = load_checkpoint(args.checkpoint)
@@ -384,7 +418,8 @@ def main(argv: list[str] | None = None) -> int:
         metrics = evaluate(checkpoint, out, args.split, args.data_dir, args.device)
     except (ValueError, OSError) as error:
         return fail(error)
-    print(f"{args.checkpoint}, epoch {checkpoint['epoch']}, {args.split} images of {checkpoint['train']['dataset']}")
+    source = f"{args.split} images of {checkpoint['train']['dataset']}"
+    print(f"{args.checkpoint}, epoch {checkpoint['epoch']}, {source}")
     print(describe(metrics))
     print(f"wrote metrics and pictures into {out}/")
     return 0

@@ -1,7 +1,7 @@
 """The README is part of the program: its commands, its table and its exercises are checked here.
 
-`pytest -m slow test_readme.py` makes every "break it" change of the course in a copy of the files, and demands
-that the test it names turns red.
+`pytest -m slow test_readme.py` makes every "break it" change of the course in a copy of the files,
+and demands that the test it names turns red.
 """
 
 import re
@@ -37,7 +37,8 @@ def test_every_file_and_test_the_readme_names_exists():
 
 
 def test_every_selection_of_the_course_selects_a_test():
-    """`pytest FILE -k "a or b"`: each word of the expression occurs in the name of a test of that file."""
+    """`pytest FILE -k "a or b"`: each word of the expression occurs in the name of a test of that
+    file."""
     chosen = re.findall(r"`pytest (test_\w+\.py) -k (?:\"([^\"]+)\"|(\w+))`", README)
     assert len(chosen) >= 13
     for file, quoted, single in chosen:
@@ -75,6 +76,7 @@ def test_breaking_it_as_the_course_says_turns_the_named_test_red(tmp_path, file,
         shutil.copy(path, tmp_path)
     (tmp_path / file).write_text((tmp_path / file).read_text().replace(old, new))
     where = next(path.name for path in ROOT.glob("test_*.py") if f"def {test}(" in path.read_text())
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", where, "-k", test]
+    pytest_quietly = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [*pytest_quietly, where, "-k", test]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "failed" in done.stdout, done.stdout  # 1: tests ran, and some failed
+    assert done.returncode == 1 and "failed" in done.stdout, done.stdout  # 1: some tests failed
