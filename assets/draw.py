@@ -1,0 +1,132 @@
+"""Draws the pictures of the README that belong to no run. From the repository's root:
+
+python assets/draw.py                              with a drawn shape for an example
+python assets/draw.py folder data/cifar10-jpeg     with a picture of that dataset
+"""
+
+import sys
+
+import torch
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import ScalarFormatter
+
+sys.path.insert(0, ".")
+import data
+import evaluate
+import train
+from vit import PatchEmbedding, ViTConfig
+
+
+def draw_pipeline(path: str, image: torch.Tensor):
+    """One image, uint8 (3, 32, 32), on its way through the model, with the real shapes."""
+    config = ViTConfig()
+    C, S, p = config.in_channels, config.image_size, config.patch_size
+    assert PatchEmbedding(config)(image[None] / 255).shape == (1, config.num_patches, config.dim)
+    gap = 1  # white pixels between patches
+    size = S + gap * (S // p - 1)
+    cut = torch.full((3, size, size), 255, dtype=torch.uint8)
+    for i in range(0, S, p):
+        for j in range(0, S, p):
+            y, x = i + i // p * gap, j + j // p * gap
+            cut[:, y : y + p, x : x + p] = image[:, i : i + p, j : j + p]
+
+    figure, [[axis]] = evaluate.new_figure(figsize=(13, 3.4))
+    axis.set_xlim(0, 13)
+    axis.set_ylim(0, 3.4)
+    axis.axis("off")
+    for x, width, pixels in ((0.1, 1.5, image), (2.2, 1.9, cut)):
+        inner = axis.inset_axes([x, 1.9 - width / 2, width, width], transform=axis.transData)
+        inner.imshow(pixels.permute(1, 2, 0))
+        inner.axis("off")
+    blocks = f"{config.depth} blocks, each\n\nx + Attention(Norm(x))\n\nx + MLP(Norm(x))"
+    for x, width, height, text, colour in (
+        (4.85, 1.2, 1.5, "linear map\n+ class token\n+ positions", "#fde9c8"),
+        (6.95, 1.7, 2.3, blocks, "#d6e6f7"),
+        (9.55, 1.0, 1.5, "Norm,\nread the\nclass token", "#fde9c8"),
+        (11.4, 0.75, 1.5, "linear\nmap", "#fde9c8"),
+    ):
+        corner = (x, 1.9 - height / 2)
+        box = {"boxstyle": "round,pad=0.03", "facecolor": colour, "edgecolor": "black"}
+        axis.add_patch(FancyBboxPatch(corner, width, height, **box))
+        axis.text(x + width / 2, 1.9, text, ha="center", va="center", fontsize=9)
+    for x0, x1, text in (
+        (1.65, 2.15, f"image\n({C}, {S}, {S})"),
+        (4.15, 4.75, f"{config.num_patches} patches\n({config.num_patches}, {C * p * p})"),
+        (6.15, 6.85, f"tokens\n({config.num_tokens}, {config.dim})"),
+        (8.75, 9.45, f"tokens\n({config.num_tokens}, {config.dim})"),
+        (10.65, 11.3, f"one vector\n({config.dim},)"),
+        (12.25, 12.85, f"logits\n({config.num_classes},)"),
+    ):
+        axis.annotate("", (x1, 1.9), (x0, 1.9), arrowprops={"arrowstyle": "->"})
+        options = {"ha": "center", "va": "center", "fontsize": 9, "family": "monospace"}
+        axis.text((x0 + x1) / 2, 0.32, text, **options)
+    figure.savefig(path, dpi=100)
+
+
+def draw_schedule(path: str):
+    """The learning rate of both presets over 300 epochs, asked of their own schedulers."""
+    figure, [[axis]] = evaluate.new_figure(figsize=(8, 3))
+    for name in ("deit", "strong"):
+        config, _ = train.build_configs(train.PRESETS[name] | {"optimizer": "adamw"})
+        steps, rates = 45_000 // config.batch_size * config.epochs, []
+        tiny = ViTConfig(dim=8, depth=1, heads=1)
+        state = train.build_state(config, tiny, steps, torch.device("cpu"))
+        for _ in range(steps):
+            rates.append(state.scheduler.get_last_lr()[0])
+            state.optimizer.step()  # of nothing: there are no gradients
+            state.scheduler.step()
+        epochs = [config.epochs * i / steps for i in range(steps)]
+        [curve] = axis.plot(epochs, rates, label=f"{name}: {steps:,} steps of {config.batch_size}")
+        end = config.mix_until * config.epochs
+        text = f"{name} mixes until here"
+        axis.axvline(end, color=curve.get_color(), linestyle=":")
+        axis.text(end - 3, 1e-3, text, rotation=90, ha="right", va="top", fontsize=7)
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("learning rate")
+    axis.set_title("The schedule: one rise, one fall (OneCycleLR)")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="upper center", fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def draw_roofline(path: str):
+    """How fast a training step of DeiT-Ti can be, by count."""
+    flops = 3 * ViTConfig().flops_per_image  # of a step, per image
+    moved = {"eager": 51.2e6, "compiled": 32.6e6, "ideal fusion": 25.2e6}  # bytes per image
+    chips = {"H200": (790e12, 4.3e12), "T4": (65e12, 0.32e12)}  # 16-bit FLOP/s and bytes/s
+    figure, [[axis]] = evaluate.new_figure(figsize=(8, 4.5))
+    for chip, (peak, bandwidth) in chips.items():
+        x = [20, peak / bandwidth, 600]
+        y = [min(peak, i * bandwidth) / 1e12 for i in x]
+        [roof] = axis.plot(x, y, label=f"the most that a {chip} can do")
+        for name, size in moved.items():
+            intensity = flops / size
+            reach = min(peak, intensity * bandwidth)
+            axis.plot(intensity, reach / 1e12, "o", color=roof.get_color())
+            text = f"{name}: at most {reach / peak:.0%} of the peak"
+            at = (intensity, reach / 1e12)
+            axis.annotate(text, at, (12, -6), textcoords="offset points", fontsize=8)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xticks([20, 50, 100, 200, 500], minor=False)
+    axis.set_yticks([10, 100, 1000])
+    axis.minorticks_off()
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.set_xlabel("operations per byte of memory traffic (FLOP/byte)")
+    axis.set_ylabel("TFLOP/s")
+    axis.set_title(
+        "A training step of DeiT-Ti at 32x32: on the slope, memory is the limit (by count)"
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(loc="upper left")
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    dataset, data_dir = sys.argv[1:3] if len(sys.argv) > 1 else ("shapes", "")
+    images = data.load(dataset, data_dir, ViTConfig().image_size).train_images
+    draw_pipeline("assets/pipeline.png", images[len(images) * 3 // 4])
+    draw_schedule("assets/schedule.png")
+    draw_roofline("assets/roofline.png")
+    print("wrote assets/pipeline.png, assets/schedule.png and assets/roofline.png")

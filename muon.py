@@ -1,0 +1,61 @@
+"""
+Muon (Jordan 2024), an optimizer for matrices; AdamW does the rest.
+
+    gradient -> running mean (momentum) -> nearest orthogonal matrix -> one step of AdamW's size
+
+Its author's text: https://kellerjordan.github.io/posts/muon/
+"""
+
+import torch
+from torch import Tensor
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """(n, rows, columns) -> the same, with all singular values near 1 (0.7 to 1.2).
+
+    For G = U S V^T that is nearly U V^T. Five Newton-Schulz iterations (Jordan 2024), each a
+    polynomial a x + b x^3 + c x^5 of every singular value: matrix products only, no SVD, and of all
+    n matrices at once. On a GPU in bfloat16, which is exact enough.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # now no singular value is above 1
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.to(matrices.dtype)
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but the groups that say so move by Muon (Jordan 2024): Momentum, orthogonalised.
+
+    The mean gradient of a matrix is dominated by a few directions. Muon takes them all equally far:
+    it follows the orthogonal matrix nearest to it. The step is scaled to the usual size of AdamW's
+    (Liu 2025, section 2.2), so that learning rate and weight decay serve both. A group holds
+    matrices of one shape, which are orthogonalised in one go; torch.optim.Muon takes one at a time.
+    """
+
+    def __init__(self, groups: list[dict], **options):
+        super().__init__(groups, **options)
+        # With a GradScaler, fused AdamW would skip an overflowing step on its own, without Muon.
+        self._step_supports_amp_scaling = False
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            if not group["muon"]:
+                continue
+            matrices, lr = group["params"], group["lr"]
+            gradients = [matrix.grad for matrix in matrices]
+            for matrix in matrices:
+                matrix.grad = None  # AdamW passes over what has no gradient
+                if not self.state[matrix]:  # AdamW wants a step in every state it loads
+                    state = {"step": torch.zeros(()), "momentum": torch.zeros_like(matrix)}
+                    self.state[matrix] = state
+            momenta = [self.state[matrix]["momentum"] for matrix in matrices]
+            torch._foreach_lerp_(momenta, gradients, 0.05)
+            ahead = torch._foreach_lerp(gradients, momenta, 0.95)  # Nesterov: the next mean, nearly
+            directions = orthogonalize(torch.stack(ahead))
+            size = 0.2 * max(matrices[0].shape) ** 0.5
+            torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(matrices, directions.unbind(), alpha=-lr * size)
+        super().step()
