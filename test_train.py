@@ -50,7 +50,7 @@ import evaluate
 import muon
 import train
 from train import TrainConfig
-from vit import VisionTransformer, ViTConfig
+from vit import TransformerEncoderBlock, VisionTransformer, ViTConfig
 
 # ---- A run that takes a tenth of a second ----
 
@@ -481,24 +481,55 @@ def test_where_the_data_lie_reaches_the_loader(monkeypatch):
     assert seen == [("cifar100", "d", 8, "http://mirror")]
 
 
-def test_compiling_wraps_the_forward_pass_and_leaves_no_trace_in_the_checkpoint(monkeypatch, plain):
-    """torch.compile's wrapper prefixes every name with _orig_mod, DDP's with module."""
+def test_compiling_compiles_each_block_and_leaves_no_trace_in_the_checkpoint(monkeypatch, plain):
+    """torch.compile's wrapper would prefix every name with _orig_mod, DDP's with module."""
+    seen = []
 
-    class Wrapper(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self._orig_mod, self.calls = model, 0
-            wrappers.append(self)
+    def compile_(call, **options):
+        assert options.pop("dynamic") is False and not any(options.values())
+        seen.append([call.__self__, 0])
 
-        def forward(self, images):
-            self.calls += 1
-            return self._orig_mod(images)
+        def compiled(*args, mine=seen[-1]):
+            mine[1] += 1
+            return call(*args)
 
-    wrappers = []
-    monkeypatch.setattr(torch, "compile", Wrapper)
-    assert run("--compile") == 0 and wrappers[0].calls >= 10
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    assert run("--compile") == 0 and len(seen) == 2  # blocks; 10 steps, 5 validations
+    assert all(isinstance(block, TransformerEncoderBlock) and calls == 15 for block, calls in seen)
     assert difference(outcome("out/last.pt"), outcome(plain / "last.pt")) is None
-    assert run("--no-compile", out="b") == run(out="c") == 0 and len(wrappers) == 1
+    assert run("--compile", "--ema-decay", 0.9, out="ema") == 0 and len(seen) == 2 + 4
+    assert [calls for _, calls in seen[2:]] == [15, 15, 2, 2]
+    assert run("--no-compile", out="b") == run(out="c") == 0 and len(seen) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler hides its own, but not from an error
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+def test_one_compiled_block_serves_all_and_computes_what_it_did(monkeypatch):
+    """Two graphs for any depth: the first block drops no path. A rate in Python would make one
+    graph a block, up to torch's limit of eight, and none beyond it."""
+    config = ViTConfig(8, 4, num_classes=3, dim=8, depth=12, heads=2, dropout=0.0, drop_path=0.5)
+    steps = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        recipe = TrainConfig(device="cpu", compile=compiled, optimizer="muon")
+        state = train.build_state(recipe, config, 20, torch.device("cpu"))
+        with torch.no_grad():
+            state.model.blocks[0].attn.qkv.bias.normal_(generator=rng(0))
+        state.model.eval()
+        images = torch.randn(4, 3, 8, 8, generator=rng(1))
+        steps.append([state.model(images)])
+        state.model.train()
+        for block in state.model.blocks:
+            block.drop_path.keep.fill_(1.0)  # masks differ between compiled and eager
+        steps[-1] += train.train_step(state, images, torch.full((4, 3), 1 / 3), recipe)
+        steps[-1] += [p.grad for p in state.model.parameters() if p.grad is not None]
+    torch.testing.assert_close(steps[1], steps[0], rtol=1e-4, atol=1e-5)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 1 + 2  # one to evaluate, two to train
 
 
 def test_deterministic_asks_torch_for_it_and_only_then(monkeypatch):
@@ -1402,6 +1433,30 @@ def test_rare_saves_lose_epochs_and_no_bits(killed_in, holds, monkeypatch):
     assert difference(contents("out/last.pt"), contents("straight/last.pt")) is None
 
 
+def test_on_a_gpu_ten_seconds_lie_between_two_saves_and_the_last_epoch_is_saved_all_the_same(
+    monkeypatch,
+):
+    """Epochs of 3 seconds: after 1, 5, 9, and 10, the last. On a CPU every epoch is saved."""
+    assert [train.save_pause(torch.device(name)) for name in ("cpu", "cuda", "mps")] == [0, 10, 10]
+    clock, saved = [0.0], []
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    epoch, save = train.train_epoch, train.save
+
+    def slow_epoch(*args, **kwargs):
+        clock[0] += 3
+        return epoch(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_epoch", slow_epoch)
+    monkeypatch.setattr(train, "save", lambda run: saved.append(run.epoch) or save(run))
+    assert run("--epochs", 10, out="cpu") == 0 and saved == list(range(1, 11))
+    saved.clear()
+    monkeypatch.setattr(train, "save_pause", lambda device: 10)
+    assert run("--epochs", 10, out="gpu") == 0 and saved == [1, 5, 9, 10]
+    saved.clear()
+    assert run("--epochs", 10, "--save-every", 2, out="both") == 0 and saved == [2, 6, 10]
+    assert difference(outcome("gpu/last.pt"), outcome("cpu/last.pt")) is None
+
+
 def test_a_run_stopped_before_its_first_validation_resumes_to_the_same_bits():
     """There is no best epoch yet, and no best.pt."""
     flags = ("--eval-every", 3, "--epochs", 4)
@@ -1517,14 +1572,14 @@ def test_resume_minds_only_the_flags_that_were_typed(plain):
 def test_what_belongs_to_the_sitting_may_change_on_resume(plain, monkeypatch):
     """Where the data lie, how often to save, on what to compute."""
     seen = []
-    monkeypatch.setattr(torch, "compile", lambda model: seen.append("compiled") or model)
+    monkeypatch.setattr(torch, "compile", lambda call, **_: seen.append("compiled") or call)
     assert run("--max-minutes", 1e-9) == 0
     monkeypatch.setattr(data, "load", lambda *args: seen.append(args[1]) or DATASET)
     changes = (
         "--max-minutes 60 --save-every 2 --data-dir moved --device cpu --compile --download-url u"
     )
     assert run("--resume", *changes.split()) == 0
-    assert seen == ["moved", "compiled"]
+    assert seen == ["moved", "compiled", "compiled"]  # both blocks
     ours, theirs = (contents(f"{out}/last.pt") for out in ("out", plain))
     changed = {k for k in ours if difference({k: ours[k]}, {k: theirs.get(k)})}
     assert changed == {f"/train/{k}" for k in ("save_every", "data_dir", "compile", "download_url")}

@@ -96,7 +96,7 @@ class TrainConfig:
     ema_decay: float = 0.0  # moving average of the weights, used in their place; 0: off
 
     eval_every: int = 1  # epochs between validations
-    save_every: int = 1  # epochs between checkpoints
+    save_every: int = 1  # epochs between checkpoints (and on a GPU ten seconds at least)
     max_minutes: float | None = None  # end at an epoch boundary before this many minutes
     seed: int = 0  # of everything: split, weights, batches, augmentation, dropout
     device: str = "auto"  # auto, cpu, cuda or mps
@@ -233,7 +233,8 @@ class State:
     """All that changes while training."""
 
     model: VisionTransformer
-    forward: nn.Module  # the model as it is called: compiled, and wrapped for several processes
+    forward: nn.Module  # the model as it is called: wrapped, where several processes share it
+    compiled: bool  # its blocks are
     ema: VisionTransformer | None
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -300,14 +301,21 @@ def build_state(
         cycle_momentum=False,  # True, the default, would overwrite AdamW's beta1
     )
     dtype = pick_dtype(config.dtype, device)
+    ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None
     compiled = config.compile if config.compile is not None else can_compile(device)
-    forward = torch.compile(model) if compiled else model
+    if compiled:
+        # The blocks, not the model: they are alike, so the compiler works once and not depth times.
+        # dynamic=False: else the second batch size would make it compile for any, slower.
+        for block in [*model.blocks, *(ema.blocks if ema else [])]:
+            block.compile(dynamic=False)
+    forward = model
     if dist.is_initialized():
-        forward = nn.parallel.DistributedDataParallel(forward)
+        forward = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)  # constants
     return State(
         model=model,
         forward=forward,
-        ema=copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None,
+        compiled=compiled,
+        ema=ema,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
@@ -630,7 +638,7 @@ def print_run(run: Run, steps: int):
         f"{config.batch_size} images | {config.optimizer}, peak lr {config.lr:g}, weight decay "
         f"{config.weight_decay:g} | seed {config.seed} | {config.out}/"
     )
-    compiled = ", compiled" if state.forward is not state.model else ""
+    compiled = ", compiled" if state.compiled else ""
     print(
         f"machine  {run.world} x {facts['device']}, {str(state.dtype)[6:]}{compiled} | torch "
         f"{facts['torch']}, commit {facts['commit']} | peak {run.peak / 1e12:.2f} TFLOP/s "
@@ -724,9 +732,9 @@ def hide_bar(run: Run) -> bool:
 def validate_epoch(run: Run, row: dict):
     """Fill in the validation's columns of the row, and keep the weights if they are the best."""
     state = run.state
-    row["val_loss"], row["val_accuracy"] = validate(run, state.forward, run.val)
+    row["val_loss"], row["val_accuracy"] = validate(run, state.model, run.val)
     # Accuracy on augmented and mixed batches means nothing: it is measured on clean images.
-    _, row["train_accuracy"] = validate(run, state.forward, [part[:2_000] for part in run.train])
+    _, row["train_accuracy"] = validate(run, state.model, [part[:2_000] for part in run.train])
     accuracy = row["val_accuracy"]
     if state.ema:
         _, row["ema_accuracy"] = validate(run, state.ema, run.val)
@@ -759,9 +767,19 @@ def save(run: Run):
     write_log(os.path.join(run.config.out, "log.csv"), run.history)
 
 
+def save_pause(device: torch.device) -> float:
+    """The fewest seconds between two checkpoints.
+
+    An epoch of a fast GPU takes half a second, and saving it may take as long. So a kill there
+    costs these seconds of work, and on a CPU no more than the epoch it came in.
+    """
+    return 0.0 if device.type == "cpu" else 10.0
+
+
 def train(run: Run, began: float, argv: list[str] | None):
     """The epochs, and the one look at the test set when they are all done."""
     config, first, longest, out_of_time = run.config, run.epoch + 1, 0.0, False
+    saved, pause = -math.inf, save_pause(run.device)
     for epoch in range(first, config.epochs + 1):
         epoch_began = time.monotonic()
         row = train_epoch(run, epoch, announce=epoch == first)
@@ -775,8 +793,10 @@ def train(run: Run, began: float, argv: list[str] | None):
             out_of_time = agree(run, over)
         run.epoch = epoch
         run.history.append(row)
-        if run.rank == 0 and (final or out_of_time or epoch % config.save_every == 0):
+        due = epoch % config.save_every == 0 and time.monotonic() - saved >= pause
+        if run.rank == 0 and (final or out_of_time or due):
             save(run)
+            saved = time.monotonic()
         run.say(line(row, row["seconds"] * (config.epochs - epoch)))
         if out_of_time and not final:
             run.say(f"out of time: {saved_in(config.out)}")

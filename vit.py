@@ -193,13 +193,15 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float):
         super().__init__()
-        self.rate = rate
+        self.is_off = rate == 0
+        # As a tensor, so that one compiled block serves all blocks: each has a rate of its own.
+        self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
+        if not self.training or self.is_off:
             return x
-        keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - self.rate)  # one coin per image
-        return x * keep / (1 - self.rate)
+        coins = torch.bernoulli(self.keep.expand(x.shape[0], 1, 1))  # one per image: (B, 1, 1)
+        return x * coins.to(x.dtype) / self.keep
 
 
 class TransformerEncoderBlock(nn.Module):
