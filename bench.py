@@ -2,8 +2,8 @@
 Side-by-side measurements, as ratios within one run: machines are shared and noisy, so seconds alone
 say little.
 
-    python bench.py                   one table; about two minutes on two CPU cores, and it runs on
-    a GPU too pip install timm vit-pytorch      adds those models to the comparison
+    python bench.py                   one table; two minutes on two CPU cores; runs on a GPU, too
+    pip install timm vit-pytorch      adds those models to the comparison
 
 The variants of a comparison take turns, several times round. A row gives the median, the spread
 from the fastest to the slowest turn, and the ratio of its median to that of the comparison's first
@@ -23,6 +23,7 @@ import torch.nn.functional as nnF
 import data
 import evaluate
 import train
+from muon import Muon
 from vit import VisionTransformer, ViTConfig
 
 MEAN, STD = data.CIFAR_STATISTICS["cifar10"]
@@ -117,14 +118,10 @@ def peers() -> dict:
     return found
 
 
-def stepper(model, images, targets, dtype=torch.float32, compiled=()):
-    """A function that does one step (forward, backward, fused AdamW) of any model.
-
-    compiled: the modules to compile, of those of the model.
-    """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    for module in compiled:
-        module.compile(dynamic=False)
+def stepper(model, images, targets, dtype=torch.float32, optimizer=None):
+    """A function that does one step (forward, backward, by default fused AdamW) of any model."""
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step():
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
@@ -137,8 +134,8 @@ def stepper(model, images, targets, dtype=torch.float32, compiled=()):
     return step
 
 
-def bench_models(batch: int, device, half: torch.dtype):
-    """(b) Our model against others', (c) precision, attention and compilation."""
+def bench_models(batch: int, device, half: torch.dtype, compiling: bool):
+    """(b) Our model against others', (c) precision, attention, optimizer and compilation."""
     images = torch.randn(batch, 3, 32, 32, device=device)
     targets = torch.full((batch, 10), 0.1, device=device)
     config = ViTConfig(dropout=0.0)
@@ -167,14 +164,23 @@ def bench_models(batch: int, device, half: torch.dtype):
                 block.attn.fused = fused
             name = f"{'fused attention' if fused else 'written-out attention'}, {str(dtype)[6:]}"
             variants[name] = (stepper(model, images, targets, dtype), batch)
-    if device.type == "cuda":  # on a CPU compiling alone would take longer than all the rest
-        for what in ("blocks", "model"):
-            model = VisionTransformer(config).to(device)
-            modules = model.blocks if what == "blocks" else [model]
-            step = stepper(model, images, targets, half, compiled=modules)
-            variants[f"fused attention, {str(half)[6:]}, compiled {what}"] = (step, batch)
-    title = f"(c) the same step, batch {batch}, eager unless it says so"
+    model = VisionTransformer(config).to(device)
+    muon = Muon(train.parameter_groups(model, 0.05), lr=1e-4, fused=True)
+    variants[f"{str(half)[6:]}, Muon"] = (stepper(model, images, targets, half, muon), batch)
+    first = {}
+    for what in ("the blocks", "the model") if compiling else ():
+        model = VisionTransformer(config).to(device)
+        for module in model.blocks if what == "the blocks" else [model]:
+            module.compile(dynamic=False)
+        step = stepper(model, images, targets, half)
+        began = time.perf_counter()
+        step()
+        first[what] = time.perf_counter() - began
+        variants[f"{str(half)[6:]}, compiling {what}"] = (step, batch)
+    title = f"(c) the same step, batch {batch}, eager with AdamW unless it says so"
     compare(title, variants, "ms/image", device)
+    for what, seconds in first.items():
+        row(f"the first step, which compiles {what}", [seconds], "s", first["the blocks"])
 
 
 def bench_epoch(batch: int, device):
@@ -273,6 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--batch-size", type=int, help="of the steps (default: 1024 on a GPU, 32 on a CPU)")
+    add("--compile", action="store_true", help="compile on a CPU, too (takes a minute)")
     try:
         args = parser.parse_args(argv)
         device = evaluate.pick_device(args.device)
@@ -287,7 +294,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{machine}, torch {facts['torch']}, commit {facts['commit']}")
     print(f"  {'':<58}{'median':>9} {'':<10}{'fastest .. slowest':>18}{'ratio':>8}")
     bench_pipeline()
-    bench_models(batch, device, torch.bfloat16 if dtype == torch.float32 else dtype)
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    bench_models(batch, device, half, compiling=args.compile or device.type == "cuda")
     bench_epoch(batch, device)
     bench_scaling(batch, device, dtype)
     return 0

@@ -1,6 +1,6 @@
-"""How the tests run: one thread, 25 fixed examples a property, `pytest -m slow` for the long
-versions.
+"""How the tests run: on one thread, with 25 fixed examples a property.
 
+`pytest -m slow` runs the long versions;
 HYPOTHESIS_PROFILE=search draws 500 random examples instead.
 """
 

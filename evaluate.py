@@ -1,11 +1,10 @@
 """
-Reading a trained model: metrics, pictures, and the classification of your own images. The only
-reader of checkpoints.
+Reads checkpoints, and alone does so: metrics, pictures, and the classes of your own images.
 
-    python evaluate.py out/best.pt                        the test set: numbers, metrics.json and
-    pictures beside it python evaluate.py out/best.pt --split val            the validation images
-    the checkpoint was chosen on python evaluate.py out/best.pt --images cat.jpg       what is in
-    this picture, and how sure is the model
+    python evaluate.py out/best.pt                     the test set: numbers here, and pictures and
+                                                       metrics.json beside the checkpoint
+    python evaluate.py out/best.pt --split val         the images the checkpoint was chosen on
+    python evaluate.py out/best.pt --images cat.jpg    what is in this picture, and how sure is it
 
 A checkpoint holds all that is needed (both configs, class names, normalisation), so there are no
 model flags.

@@ -17,12 +17,14 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     polynomial a x + b x^3 + c x^5 of every singular value: matrix products only, no SVD, and of all
     n matrices at once. On a GPU in bfloat16, which is exact enough.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices  # so that x x^T is the smaller of the two squares
+    x = x.bfloat16() if x.is_cuda else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # now no singular value is above 1
     for _ in range(5):
         square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.to(matrices.dtype)
+    return (x.mT if is_tall else x).to(matrices.dtype)
 
 
 class Muon(torch.optim.AdamW):
