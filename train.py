@@ -15,6 +15,7 @@ checkpoint; the test set is looked at once, at the end, by evaluate.py.
 Axes:  N images   B batch   H, W image height and width   K classes
 """
 
+import argparse
 import copy
 import importlib.util
 import inspect
@@ -44,25 +45,6 @@ from muon import Muon
 from vit import VisionTransformer, ViTConfig
 
 # --- the recipe: a field is a knob, and the comment beside it is its line in --help ---------------
-
-
-CHOICES = {
-    "dataset": ("cifar10", "cifar100", "folder", "shapes"),
-    "optimizer": ("adamw", "muon"),
-    "crop": ("pad", "resized", "none"),
-    "randaugment_fill": ("black", "mean"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-}
-LIMITS = (  # in words, as a condition, and the fields it holds for
-    ("at least 1", lambda x: 1 <= x < math.inf, "val_size epochs batch_size eval_every save_every"),
-    ("at least 0", lambda x: 0 <= x < math.inf, "weight_decay grad_clip mixup cutmix"),
-    ("at least 0", lambda x: 0 <= x < math.inf, "randaugment_ops"),
-    ("positive", lambda x: 0 < x < math.inf, "lr max_minutes"),
-    ("between 0 and 1", lambda x: 0 <= x <= 1, "randaugment_prob mix_until"),
-    ("at least 0 and below 1", lambda x: 0 <= x < 1, "pct_start label_smoothing ema_decay"),
-    ("between 0 and 30", lambda x: 0 <= x <= 30, "randaugment_magnitude"),
-    ("between 0 and 2^32", lambda x: 0 <= x <= 2**32, "seed"),
-)
 
 
 @dataclass(frozen=True)
@@ -118,6 +100,24 @@ class TrainConfig:
             instead = "give a larger one, or --mixup 0 --cutmix 0"
             raise ValueError(f"batch_size 1 leaves nothing to mix with: {instead}")
 
+
+CHOICES = {
+    "dataset": ("cifar10", "cifar100", "folder", "shapes"),
+    "optimizer": ("adamw", "muon"),
+    "crop": ("pad", "resized", "none"),
+    "randaugment_fill": ("black", "mean"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+LIMITS = (  # in words, as a condition, and the fields it holds for
+    ("at least 1", lambda x: 1 <= x < math.inf, "val_size epochs batch_size eval_every save_every"),
+    ("at least 0", lambda x: 0 <= x < math.inf, "weight_decay grad_clip mixup cutmix"),
+    ("at least 0", lambda x: 0 <= x < math.inf, "randaugment_ops"),
+    ("positive", lambda x: 0 < x < math.inf, "lr max_minutes"),
+    ("between 0 and 1", lambda x: 0 <= x <= 1, "randaugment_prob mix_until"),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "pct_start label_smoothing ema_decay"),
+    ("between 0 and 30", lambda x: 0 <= x <= 30, "randaugment_magnitude"),
+    ("between 0 and 2^32", lambda x: 0 <= x <= 2**32, "seed"),
+)
 
 PRESETS = {
     "deit": {},  # the defaults above
@@ -193,7 +193,7 @@ def parse(argv: list[str] | None) -> tuple[dict, dict]:
             if kind is not bool:
                 options = {"type": kind, "metavar": kind.__name__.upper()}
             elif field.default is None:
-                options = {"action": evaluate.argparse.BooleanOptionalAction}
+                options = {"action": argparse.BooleanOptionalAction}
             else:
                 options = {"action": "store_true"}
             group.add_argument(
@@ -233,8 +233,8 @@ class State:
     """All that changes while training."""
 
     model: VisionTransformer
-    forward: nn.Module  # the model as it is called: wrapped, where several processes share it
-    compiled: bool  # its blocks are
+    forward: nn.Module  # the model as training calls it: wrapped, where processes share the batch
+    compiled: bool  # whether its blocks are
     ema: VisionTransformer | None
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -243,7 +243,7 @@ class State:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is float32 on a CPU, and on CUDA the 16-bit type that the GPU has.
+    """The dtype of that name; for "auto" float32 on a CPU, on CUDA the 16-bit type the GPU has.
 
     bfloat16 needs no loss scaling, but GPUs before Ampere only emulate it, slowly.
     """
@@ -273,13 +273,11 @@ def parameter_groups(model: VisionTransformer, weight_decay: float) -> list[dict
         else:  # blocks.3.attn.qkv.weight joins the other blocks' attn.qkv.weight
             kind = re.sub(r"^blocks\.\d+\.", "blocks.", name)
             groups.setdefault(kind, []).append(parameter)
-    return [
-        *(
-            {"params": same, "weight_decay": weight_decay, "muon": kind.startswith("blocks.")}
-            for kind, same in groups.items()
-        ),
-        {"params": rest, "weight_decay": 0.0, "muon": False},
+    decayed = [
+        {"params": same, "weight_decay": weight_decay, "muon": kind.startswith("blocks.")}
+        for kind, same in groups.items()
     ]
+    return [*decayed, {"params": rest, "weight_decay": 0.0, "muon": False}]
 
 
 def build_state(
