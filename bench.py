@@ -219,6 +219,9 @@ def bench_epoch(batch: int, device):
                 parts = {name: [] for name in names}
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
+    epoch = sum(statistics.median(parts[name]) for name in names[:-1])
+    epochs_per_save = max(1.0, train.save_pause(device) / epoch)
+    parts["checkpoint"] = [seconds / epochs_per_save for seconds in parts["checkpoint"]]
     print(f"\n(d) an epoch of `deit`, 45,000 images, from pieces of {count:,}; right: the shares")
     total = sum(statistics.median(times) for times in parts.values())
     for name, times in parts.items():

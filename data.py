@@ -15,7 +15,8 @@ small ones an image.
 Every random function draws from the CPU torch.Generator it is given and from nothing else, so one
 seed gives one batch, on every device. No function writes into its input.
 
-Axes:  N images   B batch   C = 3 channels   H, W image height and width   K classes
+Axes:  N images (tokens in vit.py)   B batch   C = 3 channels   H, W image height and width
+       K classes
 
 `python data.py` draws what all this does to an image.
 """
@@ -32,8 +33,8 @@ import torch.nn.functional as nnF
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-# torchvision and PIL are imported where they are used: together they take longer to import than
-# this file to run.
+# torchvision and PIL are imported where they are used: they are slow to import, and --help need
+# not wait.
 
 # --- datasets: files -> uint8 tensors -------------------------------------------------------------
 
@@ -63,6 +64,8 @@ def load(dataset: str, data_dir: str, image_size: int, download_url: str | None 
     CIFAR's tarball; its md5 is checked wherever it comes from. Raises ValueError or OSError with a
     one-line message.
     """
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
     if dataset in CIFAR_STATISTICS:
         if image_size != 32:
             raise ValueError(f"{dataset} has images of 32x32 pixels, image_size is {image_size}")
@@ -191,7 +194,7 @@ def open_image(path: str, image_size: int) -> Tensor:
             if image.mode in ("I", "F"):  # 32 bits or floats: nobody knows what its white is
                 raise ValueError(f"pixels of mode {image.mode} are not supported")
             if "transparency" in image.info:
-                image = image.convert("RGBA")
+                image = image.convert("RGBA")  # else PIL warns about a transparent palette
             image = image.convert("RGB")
     except Exception as error:  # PIL raises half a dozen types for broken files
         raise ValueError(f"cannot read the image {path}: {error}") from None
@@ -316,7 +319,10 @@ def in_chunks(transform, images: Tensor, draws: Tensor) -> Tensor:
 
 
 def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
-    """Pad with black, then cut a window of the old size at one of the (2 padding + 1)^2 offsets."""
+    """uint8 (N, C, H, W) -> the same: pad with black, cut a window of the old size anywhere.
+
+    Every image draws one of the (2 padding + 1)^2 offsets.
+    """
 
     def cut(images, offsets):
         N, C, H, W = images.shape
@@ -331,11 +337,11 @@ def random_crop(images: Tensor, padding: int, generator: Generator) -> Tensor:
 
 
 def random_resized_crop(images: Tensor, scale: tuple, ratio: tuple, generator: Generator) -> Tensor:
-    """Cut a window of random area and aspect, and resize it to the old size, bilinearly.
+    """uint8 (N, C, H, W) -> the same: a window of random area and aspect, resized bilinearly.
 
     scale: limits of the window's area as a fraction of the image's; ratio: of its width / height.
     The crop of GoogLeNet (Szegedy 2015) as torchvision's RandomResizedCrop draws it: ten tries,
-    then the whole image. Bilinear.
+    then the whole image.
     """
     N, C, H, W = images.shape
     area = H * W * (scale[0] + (scale[1] - scale[0]) * torch.rand(N, 10, generator=generator))
@@ -352,7 +358,7 @@ def random_resized_crop(images: Tensor, scale: tuple, ratio: tuple, generator: G
 
 
 def resize_windows(images: Tensor, windows: Tensor) -> Tensor:
-    """Cut a window from each image and scale it to the image's size.
+    """uint8 (N, C, H, W) -> the same: a window of each image, resized to the image's size.
 
     windows: (N, 4), each (top, left, height, width) in pixels.
     """
@@ -372,7 +378,7 @@ def resize_windows(images: Tensor, windows: Tensor) -> Tensor:
 
 
 def random_flip(images: Tensor, generator: Generator) -> Tensor:
-    """Mirror each image left to right with probability 1/2."""
+    """uint8 (N, C, H, W) -> the same: each image mirrored left to right with probability 1/2."""
 
     def flip(images, mirrored):
         out, index = images.clone(), mirrored.nonzero().flatten().to(images.device)
@@ -432,23 +438,24 @@ def sharpen(images: Tensor, factor: float) -> Tensor:
 
 
 def apply_operation(images: Tensor, name: str, magnitude: int, sign: int, fill=None) -> Tensor:
-    """One operation at one magnitude (0..30) and sign (+1, -1) on uint8 (n, 3, H, W).
+    """One operation at one magnitude (0..30) and sign (+1, -1) on uint8 (N, 3, H, W).
 
+    fill: the colour of what comes in from outside, three numbers in 0..255, or None for black.
     Equals torchvision's kernel, image by image, to the bit. Two kinds of operation need their
     kernel only once for all images: MOVES show what they do on an image of pixel numbers, MAPS on
     the 256 grey values.
     """
     from torchvision.transforms.v2 import functional as F
 
-    n, C, H, W = images.shape
+    N, C, H, W = images.shape
     kernel, strengths, _ = OPERATIONS[name]
     strength = sign * torch.linspace(*strengths(H, W), 31)[magnitude].item() if strengths else 0.0
     if name in MOVES:
         numbers = torch.arange(1.0, H * W + 1).view(1, 1, H, W)  # from 1: 0 will mean "outside"
         source = kernel(F, numbers, strength).flatten().long().to(images.device)
-        outside = torch.tensor(fill or [0] * C).round().to(images).view(1, C, 1).expand(n, C, 1)
-        pixels = torch.cat([outside, images.flatten(2)], dim=2)  # (n, C, 1 + H W)
-        return pixels.gather(2, source.expand(n, C, -1)).view_as(images)
+        outside = torch.tensor(fill or [0] * C).round().to(images).view(1, C, 1).expand(N, C, 1)
+        pixels = torch.cat([outside, images.flatten(2)], dim=2)  # (N, C, 1 + H W)
+        return pixels.gather(2, source.expand(N, C, -1)).view_as(images)
     if name in MAPS:
         table = kernel(F, torch.arange(256, dtype=torch.uint8).view(1, 1, 256), strength).flatten()
         return table.to(images.device).index_select(0, images.flatten().int()).view_as(images)
@@ -607,7 +614,7 @@ def train_batches(
         sampler=batches,
         batch_size=None,
         collate_fn=lambda batch: collate(*batch),
-        generator=generator,
+        generator=generator,  # else the loader would draw a seed from the global stream
     )
 
 
@@ -662,7 +669,10 @@ def main(argv: list[str] | None = None):
             axis.axis("off")
         line[0].text(-0.15, 0.5, title, ha="right", va="center", transform=line[0].transAxes)
     figure.suptitle(f"{args.dataset}: what augmentation makes of an image, and of a batch")
-    figure.savefig(args.out, dpi=75)
+    try:
+        figure.savefig(args.out, dpi=75)
+    except (ValueError, OSError) as error:  # ValueError: a format that matplotlib does not know
+        parser.exit(2, f"error: {error}\n")
     print(f"wrote {args.out}")
 
 

@@ -9,7 +9,7 @@ Reads checkpoints, and alone does so: metrics, pictures, and the classes of your
 A checkpoint holds all that is needed (both configs, class names, normalisation), so there are no
 model flags.
 
-Axes:  B images   L blocks   h heads   N tokens   P patches   K classes
+Axes:  B images   h heads   N tokens   P patches   K classes
 """
 
 import argparse
@@ -69,9 +69,11 @@ def build_model(checkpoint: dict) -> VisionTransformer:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the accelerator that is there, else the CPU. ValueError for a device that is not
-    there."""
-    # Unchecked, it would name what torch was built for.
+    """The device of that name; "auto": the accelerator that is there, else the CPU.
+
+    ValueError for a device that is not there.
+    """
+    # Unchecked, a torch built for CUDA would name it on a machine without a GPU, too.
     found = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return found or torch.device("cpu")
@@ -161,7 +163,7 @@ def describe(metrics: dict) -> str:
 
 
 def attention_rollout(maps: Tensor) -> Tensor:
-    """What each final token is made of, through all blocks: (L, B, h, N, N) -> (B, N, N).
+    """What each final token is made of, through all blocks: (depth, B, h, N, N) -> (B, N, N).
 
     Attention rollout (Abnar & Zuidema 2020): heads are averaged, half of each block's flow is the
     residual connection, and blocks multiply. Row i says what final token i is made of, and sums to
@@ -187,12 +189,14 @@ def new_figure(rows: int = 1, columns: int = 1, **options):
 
 
 def show_image(axis, image: Tensor, title: str = ""):
+    """image: uint8 (3, H, W)."""
     axis.imshow(image.permute(1, 2, 0).cpu().numpy())
     axis.set_title(title, fontsize=8)
     axis.axis("off")
 
 
 def plot_confusion_matrix(path: str, metrics: dict, title: str):
+    """Rows are true classes, columns predicted ones; metrics as measure() gives them."""
     confusion, classes = torch.tensor(metrics["confusion_matrix"]), metrics["classes"]  # (K, K)
     K = len(classes)
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
@@ -249,7 +253,8 @@ def plot_attention(path: str, model, images: Tensor, mean: tuple, std: tuple, ti
     """Where the answer comes from: rollout over up to eight uint8 images (B, 3, H, W)."""
     images = images[:8].cpu()
     device = next(model.parameters()).device
-    maps = model.attention_maps(data.normalize(images.to(device), mean, std))  # (L, B, h, N, N)
+    # (depth, B, h, N, N)
+    maps = model.attention_maps(data.normalize(images.to(device), mean, std))
     rollout = attention_rollout(maps)  # (B, N, N)
     flow = rollout[:, 0, 1:] if model.config.pool == "cls" else rollout.mean(1)  # (B, P)
     side = model.config.image_size // model.config.patch_size
@@ -265,7 +270,10 @@ def plot_attention(path: str, model, images: Tensor, mean: tuple, std: tuple, ti
 
 
 def plot_mistakes(path: str, images: Tensor, labels: Tensor, logits: Tensor, classes, title: str):
-    """The wrong answers the model was surest of, up to twenty."""
+    """The wrong answers the model was surest of, up to twenty.
+
+    uint8 images (B, 3, H, W), int64 labels (B,) and logits (B, K), on the CPU.
+    """
     confidence, predicted = logits.softmax(1).max(1)
     wrong = (predicted != labels).nonzero().flatten()
     worst = wrong[confidence[wrong].argsort(descending=True)][:20].tolist()
@@ -312,12 +320,14 @@ def evaluate(
     data_dir: str | None = None,
     device: str = "auto",
     dataset: data.Dataset | None = None,
+    log: str | None = None,
 ) -> dict:
     """Evaluate on split "test" or "val": write metrics.json and pictures, return the metrics.
 
     dataset: a data.Dataset that is loaded already; otherwise the one the checkpoint was trained on
-    is loaded. The files of the validation split are called *_val, but for curves and positions.
-    ValueError if the data do not fit the checkpoint.
+    is loaded. log: the run's log.csv, for the curves; by default the one in out. The files of the
+    validation split are called *_val, but for curves and positions. ValueError if the data do not
+    fit the checkpoint.
     """
     recipe, classes, mean, std = (checkpoint[key] for key in ("train", "classes", "mean", "std"))
     data_dir, image_size = data_dir or recipe["data_dir"], checkpoint["vit"]["image_size"]
@@ -353,8 +363,9 @@ def evaluate(
     plot_attention(path(f"attention{suffix}.png"), model, some, mean, std, title)
     plot_mistakes(path(f"mistakes{suffix}.png"), images, labels, logits, classes, title)
     plot_positions(path("positions.png"), model, name)
-    if os.path.exists(path("log.csv")):
-        plot_curves(path("curves.png"), read_log(path("log.csv")), name)
+    log = log or path("log.csv")
+    if os.path.exists(log):
+        plot_curves(path("curves.png"), read_log(log), name)
     text = json.dumps(metrics, indent=1)  # last, so that where it is, everything is
     data.save_atomically(text, path(f"metrics{suffix}.json"), write=data.write_text)
     return metrics
@@ -364,9 +375,10 @@ def read_metrics(out: str) -> dict:
     """The metrics.json of a folder; {} where there is none, or none that can be read."""
     try:
         with open(os.path.join(out, "metrics.json")) as file:
-            return json.load(file)
+            metrics = json.load(file)
     except (OSError, ValueError):
         return {}
+    return metrics if isinstance(metrics, dict) else {}
 
 
 def classify(checkpoint: dict, paths: list[str], device: str = "auto") -> list[str]:
@@ -413,8 +425,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.images:
             print("\n".join(classify(checkpoint, args.images, args.device)))
             return 0
-        out = args.out or os.path.dirname(args.checkpoint) or "."
-        metrics = evaluate(checkpoint, out, args.split, args.data_dir, args.device)
+        folder = os.path.dirname(args.checkpoint) or "."
+        out, log = args.out or folder, os.path.join(folder, "log.csv")
+        metrics = evaluate(checkpoint, out, args.split, args.data_dir, args.device, log=log)
     except (ValueError, OSError) as error:
         return fail(error)
     source = f"{args.split} images of {checkpoint['train']['dataset']}"

@@ -778,9 +778,19 @@ def test_a_resized_crop_reaches_every_place():
 
 
 def test_a_window_that_can_never_fit_leaves_the_whole_image():
-    """The full area at three times as wide as high does not fit into a square."""
+    """The full area at three times as wide, or high, does not fit into a square; and a thousandth
+    of it has less than half a pixel to a side."""
     images = noise(5, 6, 6, 0)
-    assert torch.equal(data.random_resized_crop(images, (1.0, 1.0), (3.0, 3.0), rng(0)), images)
+    for area, ratio in ((1.0, 3.0), (1.0, 1 / 3), (0.001, 50.0), (0.001, 1 / 50)):
+        out = data.random_resized_crop(images, (area, area), (ratio, ratio), rng(0))
+        assert torch.equal(out, images)
+
+
+@pytest.mark.parametrize("ratio, side", [(2.0, (4, 8)), (0.5, (8, 4))])
+def test_a_window_may_be_as_wide_or_as_high_as_the_image(ratio, side):
+    images = torch.zeros(9, 1, 8, 8, dtype=torch.uint8)
+    drawn = drawn_windows(images, (0.5, 0.5), (ratio, ratio), 0)[1]
+    assert {tuple(window[2:]) for window in drawn.int().tolist()} == {side}
 
 
 TRANSFORMS = {  # name: f(images, generator)
@@ -1501,6 +1511,28 @@ def test_slow_libraries_are_imported_only_inside_functions():
     outside = imports(set(ast.walk(tree)) - set(inside))
     slow = {"torchvision", "PIL", "tqdm", "matplotlib"}
     assert slow <= imports(inside) and not slow & outside
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        ("--image-size 0", "image_size must be at least 1, got 0"),
+        ("--dataset mnist", 'got "mnist"'),
+        ("--out nowhere/a.png", "nowhere/a.png"),
+        ("--out a.jpug", "jpug"),
+    ],
+)
+def test_bad_input_to_the_program_is_one_line_and_exit_code_two(
+    flags, complaint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    small = data.draw_shapes
+    monkeypatch.setattr(data, "draw_shapes", lambda n, size, seed: small(10, size, seed))
+    with pytest.raises(SystemExit) as stopped:
+        data.main([*"--image-size 8".split(), *flags.split()])
+    [line] = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and line.startswith("error: ") and complaint in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_program_draws_every_augmentation_into_a_picture(tmp_path, monkeypatch, capsys):

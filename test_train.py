@@ -1477,13 +1477,14 @@ def test_a_run_may_move_to_a_device_of_another_dtype(first, then, monkeypatch):
     assert bool(evaluate.load_checkpoint("out/last.pt")["scaler"]) == (then == "float16")
 
 
-@pytest.mark.parametrize("left", ["another epoch's", "torn", "none"])
+@pytest.mark.parametrize("left", ["another epoch's", "torn", "none", "a list"])
 def test_looking_at_the_test_set_halfway_does_not_replace_the_last_look(left):
     """metrics.json counts as the end only if it is whole and of the best epoch."""
     assert run() == 0
     final = Path("out/metrics.json").read_text()
     other = json.dumps({**json.loads(final), "epoch": 99})
-    Path("out/metrics.json").write_text({"torn": final[:40], "none": ""}.get(left, other))
+    texts = {"torn": final[:40], "none": "", "a list": "[]"}
+    Path("out/metrics.json").write_text(texts.get(left, other))
     assert run("--resume") == 0
     assert Path("out/metrics.json").read_text() == final
 
@@ -1604,6 +1605,17 @@ def test_resume_refuses_data_that_are_not_those_of_the_run(changed, monkeypatch,
     assert run("--resume") == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "not those the run in out was trained on" in line or "3, but the dataset has 4" in line
+    assert tree() == before
+
+
+def test_resume_refuses_a_recipe_with_a_field_it_does_not_know(plain, capsys):
+    """A checkpoint of a later version of train.py: one line that says so."""
+    shutil.copytree(plain, "out")
+    edited("out/last.pt", lambda checkpoint: checkpoint["train"].update(warmup=3, angle=1))
+    before = tree()
+    assert run("--resume") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "out was written by another version: unknown angle, warmup" in line
     assert tree() == before
 
 
@@ -2106,8 +2118,11 @@ def test_the_validation_split_gives_again_the_accuracy_in_the_log(ema, monkeypat
     assert f"epoch {best['epoch']}, val images of shapes" in capsys.readouterr().out
 
 
-def test_the_program_evaluates_the_test_split_from_the_checkpoint_alone(plain, capsys, here):
-    """The same numbers that the end of training found, beside the checkpoint or in --out."""
+def test_the_program_evaluates_the_test_split_from_the_checkpoint_alone(plain, capsys, monkeypatch):
+    """The same numbers that the end of training found, beside the checkpoint or in --out; and the
+    curves of the log beside the checkpoint."""
+    logs = []
+    monkeypatch.setattr(evaluate, "plot_curves", lambda path, log, title: logs.append((path, log)))
     shutil.copytree(plain, "copy")
     os.remove("copy/metrics.json")
     expected = json.loads((plain / "metrics.json").read_text())
@@ -2115,6 +2130,9 @@ def test_the_program_evaluates_the_test_split_from_the_checkpoint_alone(plain, c
     assert evaluate.main(["copy/best.pt", "--device", "cpu", "--out", "new"]) == 0
     for folder in ("copy", "new"):
         assert json.loads(Path(folder, "metrics.json").read_text()) == expected
+    history = evaluate.read_log(plain / "log.csv")
+    assert len(history) == 2
+    assert logs == [(f"{folder}/curves.png", history) for folder in ("copy", "new")]
     assert expected["images"] == 30 and expected["split"] == "test"
     assert "accuracy" in capsys.readouterr().out
 
@@ -2220,7 +2238,8 @@ BAD_INPUT = {  # flags: what the message must say, or (what to prepare, what the
     "--label-smoothing 1": "label_smoothing must be at least 0 and below 1, got 1.0",
     "--ema-decay 1": "ema_decay must be at least 0 and below 1, got 1.0",
     "--ema-decay -0.1": "ema_decay must be at least 0 and below 1, got -0.1",
-    "--seed -1": "seed must be between 0 and 2^32, got -1",
+    "--seed -1": "seed must be at least 0 and below 2^32, got -1",
+    "--seed 4294967296": "seed must be at least 0 and below 2^32",  # torch takes it for seed 0
     "--crop centre": 'crop must be pad, resized or none, got "centre"',
     "--randaugment-fill red": 'randaugment_fill must be black or mean, got "red"',
     "--dtype int8": "dtype must be auto, float32, bfloat16 or float16",
@@ -2554,6 +2573,11 @@ def imports(path):
         ("evaluate.py", {"torch", "matplotlib", "vit", "data"}),
         ("muon.py", {"torch"}),
         ("train.py", {"torch", "tqdm", "vit", "data", "evaluate", "muon"}),
+        (
+            "bench.py",
+            {"torch", "torchvision", "PIL", "timm", "vit_pytorch"}
+            | {"vit", "data", "evaluate", "muon", "train"},
+        ),
     ],
 )
 def test_files_import_only_what_the_map_allows(file, allowed):

@@ -43,8 +43,8 @@ from vit import (
     MultiHeadAttention,
     PatchEmbedding,
     TransformerEncoderBlock,
-    ViTConfig,
     VisionTransformer,
+    ViTConfig,
     attention,
     expect,
 )

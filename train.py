@@ -3,8 +3,8 @@ The recipe and the loop: trains a Vision Transformer on CIFAR-10 from scratch, a
 
     python train.py                            300 epochs of DeiT-Ti on CIFAR-10; wants a GPU
     python train.py --preset demo              two minutes on two CPU cores, no download
-    python train.py --resume                   continues the run in out/, to the same bits
-    torchrun --nproc_per_node=4 train.py       the same run on four GPUs
+    python train.py --resume                   continues the run in out/ (on a CPU to the same bits)
+    torchrun --nproc_per_node=4 train.py       the same batches and schedule on four GPUs
 
     recipe -> data -> model -> [ augment -> train_step on every batch -> validate -> save ]
                              x epochs -> test
@@ -12,7 +12,7 @@ The recipe and the loop: trains a Vision Transformer on CIFAR-10 from scratch, a
 The only writer of checkpoints. Validation images are held out of the training set and choose the
 checkpoint; the test set is looked at once, at the end, by evaluate.py.
 
-Axes:  N images   B batch   H, W image height and width   K classes
+Axes:  N images (tokens in vit.py)   B batch   H, W image height and width   K classes
 """
 
 import argparse
@@ -28,7 +28,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from typing import get_args, get_type_hints
 
@@ -116,12 +116,12 @@ LIMITS = (  # in words, as a condition, and the fields it holds for
     ("between 0 and 1", lambda x: 0 <= x <= 1, "randaugment_prob mix_until"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "pct_start label_smoothing ema_decay"),
     ("between 0 and 30", lambda x: 0 <= x <= 30, "randaugment_magnitude"),
-    ("between 0 and 2^32", lambda x: 0 <= x <= 2**32, "seed"),
+    ("at least 0 and below 2^32", lambda x: 0 <= x < 2**32, "seed"),
 )
 
 PRESETS = {
     "deit": {},  # the defaults above
-    # DeiT's own schedule at a smaller batch, timm's RandAugment, mixing that ends, averaged weights
+    # for accuracy; the README's recipe table gives each value its reason and source
     "strong": {
         "batch_size": 256,
         "optimizer": "muon",
@@ -185,20 +185,20 @@ def parse(argv: list[str] | None) -> tuple[dict, dict]:
     for config in (TrainConfig, ViTConfig):
         group = parser.add_argument_group(config.__name__)
         hints, source = get_type_hints(config), inspect.getsource(config)
-        for field in fields(config):
+        for knob in fields(config):
             # The help is the comment in the source, so there is only one text to keep true.
-            [comment] = re.findall(rf"^    {field.name}: .*?# (.*)$", source, re.MULTILINE)
-            hint = hints[field.name]
+            [comment] = re.findall(rf"^    {knob.name}: .*?# (.*)$", source, re.MULTILINE)
+            hint = hints[knob.name]
             kind = get_args(hint)[0] if get_args(hint) else hint  # of `float | None`, float
             if kind is not bool:
                 options = {"type": kind, "metavar": kind.__name__.upper()}
-            elif field.default is None:
+            elif knob.default is None:
                 options = {"action": argparse.BooleanOptionalAction}
             else:
                 options = {"action": "store_true"}
             group.add_argument(
-                "--" + field.name.replace("_", "-"),
-                help=f"{comment} (default: {field.default})".replace("%", "%%"),
+                "--" + knob.name.replace("_", "-"),
+                help=f"{comment} (default: {knob.default})".replace("%", "%%"),
                 default=None,
                 **options,
             )
@@ -212,7 +212,10 @@ def parse(argv: list[str] | None) -> tuple[dict, dict]:
 
 
 def build_configs(values: dict, classes: list[str] | None = None) -> tuple[TrainConfig, ViTConfig]:
-    """Both configs from one dictionary; num_classes follows the dataset, once it is known."""
+    """Both configs from one dictionary; num_classes follows the dataset, once it is known.
+
+    ValueError for values that do not fit each other or the dataset.
+    """
     for_model = ViTConfig.__dataclass_fields__
     vit = {name: value for name, value in values.items() if name in for_model}
     recipe = {name: value for name, value in values.items() if name not in for_model}
@@ -308,7 +311,8 @@ def build_state(
             block.compile(dynamic=False)
     forward = model
     if dist.is_initialized():
-        forward = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)  # constants
+        # The only buffers are DropPath's constants.
+        forward = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
     return State(
         model=model,
         forward=forward,
@@ -500,6 +504,10 @@ def resolve(preset: dict, flags: dict) -> tuple[dict, dict | None]:
     if checkpoint is None:
         return values, None
     saved = {**checkpoint["train"], **checkpoint["vit"]}
+    unknown = checkpoint["train"].keys() - TrainConfig.__dataclass_fields__.keys()
+    if unknown:
+        fields_ = ", ".join(sorted(unknown))
+        raise ValueError(f"{config.out} was written by another version: unknown {fields_}")
     if "lr" not in flags and "batch_size" in flags:
         values.pop("lr")  # scaled to the batch for a new run; this one knows its own
     for name, value in values.items():
@@ -524,13 +532,13 @@ class Run:
     device: torch.device
     rank: int  # number of this process, of `world` processes; rank 0 writes and prints
     world: int
-    train: tuple[Tensor, Tensor]  # uint8 images (N, 3, H, W), int64 labels (N,), on the device
-    val: tuple[Tensor, Tensor]  # the same of the validation images
+    train_set: tuple[Tensor, Tensor]  # uint8 images (N, 3, H, W), int64 labels (N,), on the device
+    val_set: tuple[Tensor, Tensor]  # the same of the validation images
     state: State
     epoch: int = 0  # epochs that are done
     best: dict | None = None  # {"epoch", "accuracy"} of the best validation so far
     best_weights: dict | None = None  # its weights, until the next save writes them into best.pt
-    history: list[dict] | None = None  # one row of COLUMNS an epoch
+    history: list[dict] = field(default_factory=list)  # one row of COLUMNS an epoch
     peak: float = math.nan  # FLOP/s, see measure_peak
     versions: dict | None = None  # asked for once, not at every save
 
@@ -550,10 +558,10 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     if config.device == "auto" and device.type == "cpu":
         work = config.epochs * 45_000 * 3 * vit_config.flops_per_image
         raise ValueError(
-            f"no accelerator found. {config.epochs} epochs of 45,000 images are {work:.1e} "
-            f"floating-point operations: minutes on a recent GPU, about {work / 1e11 / 86_400:.1f} "
-            f"days on a CPU at 100 GFLOP/s. See everything run in two minutes with --preset demo, "
-            f"or start it here all the same with --device cpu"
+            f"no accelerator found. {config.epochs} epochs of CIFAR-10's 45,000 images are "
+            f"{work:.1e} floating-point operations: minutes on a recent GPU, about "
+            f"{work / 1e11 / 86_400:.1f} days on a CPU at 100 GFLOP/s. See everything run in two "
+            f"minutes with --preset demo, or start it here all the same with --device cpu"
         )
     if config.batch_size % world:
         parts = f"the {world} processes"
@@ -580,13 +588,13 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     n = len(train_index)
     if config.batch_size > n:
         raise ValueError(f"batch_size {config.batch_size} is more than the {n} training images")
-    train, val = (
+    train_set, val_set = (
         (dataset.train_images[index].to(device), dataset.train_labels[index].to(device))
         for index in (train_index, val_index)
     )
     steps = n // config.batch_size * config.epochs
     state = build_state(config, vit_config, steps, device)
-    run = Run(config, vit_config, dataset, device, rank, world, train, val, state, history=[])
+    run = Run(config, vit_config, dataset, device, rank, world, train_set, val_set, state)
     if checkpoint:
         restore(run, checkpoint)
     if rank == 0:
@@ -599,7 +607,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
 def restore(run: Run, checkpoint: dict):
     """Put a run where its checkpoint left it. ValueError if that does not fit the data."""
     dataset, out = run.dataset, run.config.out
-    data_now = (list(dataset.classes), dataset.mean, dataset.std, len(run.train[0]))
+    data_now = (list(dataset.classes), dataset.mean, dataset.std, len(run.train_set[0]))
     data_then = tuple(checkpoint[key] for key in ("classes", "mean", "std", "train_images"))
     if data_now != data_then:
         other = f"those the run in {out} was trained on"
@@ -628,7 +636,7 @@ def print_run(run: Run, steps: int):
     parameters = sum(p.numel() for p in state.model.parameters())
     K = len(dataset.classes)
     print(
-        f"data     {config.dataset}: {len(run.train[0]):,} training, {len(run.val[0]):,} "
+        f"data     {config.dataset}: {len(run.train_set[0]):,} training, {len(run.val_set[0]):,} "
         f"validation, {len(dataset.test_images):,} test images, {K} classes"
     )
     print(
@@ -646,7 +654,7 @@ def print_run(run: Run, steps: int):
         best = f", best so far {run.best['accuracy']:.2%}" if run.best else ""
         print(f"resumed  after epoch {run.epoch} of {config.epochs}{best}")
     else:
-        loss, _ = validate(run, state.model, [part[:1_000] for part in run.val])
+        loss, _ = validate(run, state.model, [part[:1_000] for part in run.val_set])
         print(
             f"start    loss {loss:.4f} before training; guessing among {K} classes costs "
             f"ln({K}) = {math.log(K):.4f}"
@@ -655,7 +663,10 @@ def print_run(run: Run, steps: int):
 
 
 def validate(run: Run, model: nn.Module, part) -> tuple[float, float]:
-    """Loss and accuracy of a model on part = (images, labels), which are only normalised."""
+    """Mean loss and accuracy of a model on part = (uint8 (N, 3, H, W), int64 (N,)).
+
+    The images are only normalised.
+    """
     images, labels = part
     logits = evaluate.predict(model, images, run.dataset.mean, run.dataset.std, run.state.dtype)
     correct = (logits.argmax(1) == labels).sum()
@@ -669,12 +680,12 @@ def train_epoch(run: Run, epoch: int, announce: bool = False) -> dict:
     loss or a gradient is not finite.
     """
     config, state = run.config, run.state
-    # Dropout and drop path draw from the global stream; its seed counts modulo 2^32.
+    # Dropout and drop path draw from the global stream (a CPU's reads 32 bits of its seed).
     torch.manual_seed(epoch_seed(config.seed, epoch) + run.rank * 1_000_000_007)
     steps_before = state.scheduler.last_epoch
     marks = [time.perf_counter()]  # the start, then: augmented, each step
     statistics = (run.dataset.mean, run.dataset.std, len(run.dataset.classes))
-    batches = epoch_batches(*run.train, *statistics, config, epoch)
+    batches = epoch_batches(*run.train_set, *statistics, config, epoch)
     marks.append(time.perf_counter())
     share = config.batch_size // run.world
     mine = slice(run.rank * share, (run.rank + 1) * share)  # every process makes the whole batch
@@ -730,12 +741,12 @@ def hide_bar(run: Run) -> bool:
 def validate_epoch(run: Run, row: dict):
     """Fill in the validation's columns of the row, and keep the weights if they are the best."""
     state = run.state
-    row["val_loss"], row["val_accuracy"] = validate(run, state.model, run.val)
+    row["val_loss"], row["val_accuracy"] = validate(run, state.model, run.val_set)
     # Accuracy on augmented and mixed batches means nothing: it is measured on clean images.
-    _, row["train_accuracy"] = validate(run, state.model, [part[:2_000] for part in run.train])
+    _, row["train_accuracy"] = validate(run, state.model, [part[:2_000] for part in run.train_set])
     accuracy = row["val_accuracy"]
     if state.ema:
-        _, row["ema_accuracy"] = validate(run, state.ema, run.val)
+        _, row["ema_accuracy"] = validate(run, state.ema, run.val_set)
         accuracy = row["ema_accuracy"]
     if run.best is None or accuracy > run.best["accuracy"]:
         run.best = {"epoch": row["epoch"], "accuracy": accuracy}
@@ -754,7 +765,7 @@ def save(run: Run):
         "classes": list(run.dataset.classes),
         "mean": run.dataset.mean,
         "std": run.dataset.std,
-        "train_images": len(run.train[0]),
+        "train_images": len(run.train_set[0]),
         "versions": run.versions,
     }
     if run.best_weights:
@@ -785,7 +796,7 @@ def train(run: Run, began: float, argv: list[str] | None):
         if final or epoch % config.eval_every == 0:
             validate_epoch(run, row)
         row["seconds"] = time.monotonic() - epoch_began
-        longest = max(longest, 1.1 * row["seconds"])
+        longest = max(longest, 1.1 * row["seconds"])  # epochs vary; a tenth to spare
         if config.max_minutes:
             over = time.monotonic() - began + longest > 60 * config.max_minutes
             out_of_time = agree(run, over)
@@ -906,11 +917,12 @@ def main(argv: list[str] | None = None) -> int:
             except RuntimeError:  # the other process left first; all is written, nothing failed
                 pass
         return 0
-    except Stopped as signum:
+    except Stopped as stopped:
+        [number] = stopped.args
         if rank == 0:
-            print(f"stopped by {signal.Signals(signum.args[0]).name}: {saved_in(out)}")
+            print(f"stopped by {signal.Signals(number).name}: {saved_in(out)}")
             print(f"continue with: {command(argv, world)}", flush=True)
-        return 128 + signum.args[0]
+        return 128 + number
     except Diverged as error:
         if rank == 0:
             evaluate.fail(f"{error}. {saved_in(out)}")

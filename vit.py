@@ -3,7 +3,7 @@ A Vision Transformer, bottom-up: every name is defined before it is used.
 
     images                              (B, C, H, W)   normalised pixels
       PatchEmbedding                    (B, P, D)      cut into patches, map each to a vector
-      class token first, positions      (B, N, D)      N = P + 1; or P with pool="mean", without it
+      class token first, positions      (B, N, D)      N = P + 1; pool="mean" has no token: N = P
       TransformerEncoderBlock x depth   (B, N, D)      x + Attention(Norm(x)), then x + MLP(Norm(x))
       final norm, then pool             (B, D)         the class token, or the mean over tokens
       head                              (B, K)         logits
@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Everything that determines the network, and nothing else. The defaults are DeiT-Ti at 32x32.
+    """Everything that determines the network, and nothing else.
 
+    The defaults: DeiT-Ti's width and depth, for 32x32 pixels in patches of 4, with some dropout.
     Raises ValueError, with both numbers in the message, for a combination that cannot be built.
     """
 
@@ -57,7 +58,7 @@ class ViTConfig:
             raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
         if not 1 <= self.dim * self.mlp_ratio < math.inf:
             ratio = f"mlp_ratio {self.mlp_ratio} times dim {self.dim}"
-            raise ValueError(f"{ratio} leaves no hidden layer")
+            raise ValueError(f"{ratio} is no width for a hidden layer")
         for name in ("dropout", "attn_dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -65,19 +66,19 @@ class ViTConfig:
             raise ValueError(f'pool must be "cls" or "mean", got "{self.pool}"')
 
     @property
-    def num_patches(self) -> int:
+    def num_patches(self) -> int:  # P
         return (self.image_size // self.patch_size) ** 2
 
     @property
-    def num_tokens(self) -> int:
+    def num_tokens(self) -> int:  # N
         return self.num_patches + (self.pool == "cls")
 
     @property
-    def head_dim(self) -> int:
+    def head_dim(self) -> int:  # d
         return self.dim // self.heads
 
     @property
-    def mlp_dim(self) -> int:
+    def mlp_dim(self) -> int:  # width of the MLP's hidden layer
         return int(self.dim * self.mlp_ratio)
 
     @property
@@ -185,16 +186,17 @@ class MLP(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang 2016): in training, zero a whole branch for some of the images.
+    """(B, N, D) -> (B, N, D): in training, zero the whole branch of an image, with chance `rate`.
 
-    The others are divided by the chance of being kept, so the mean is unchanged and evaluation
-    needs no correction.
+    Stochastic depth (Huang 2016). What is kept is divided by the chance of being kept, so that the
+    mean is unchanged and evaluation needs no correction. rate: in [0, 1).
     """
 
     def __init__(self, rate: float):
         super().__init__()
         self.is_off = rate == 0
-        # As a tensor, so that one compiled block serves all blocks: each has a rate of its own.
+        # As a tensor, one compiled block serves all; a number in Python would be compiled into it.
+        # Not persistent: state dicts hold timm's names and no others.
         self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -211,13 +213,13 @@ class TransformerEncoderBlock(nn.Module):
     never normalised, so gradients reach the first block unhindered.
     """
 
-    def __init__(self, config: ViTConfig, drop_path: float):
+    def __init__(self, config: ViTConfig, drop_rate: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, eps=1e-6)
         self.attn = MultiHeadAttention(config)
         self.norm2 = nn.LayerNorm(config.dim, eps=1e-6)
         self.mlp = MLP(config)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
@@ -266,9 +268,8 @@ class VisionTransformer(nn.Module):
         if self.cls_token is not None:
             cls_token = self.cls_token.to(x.dtype).expand(len(x), -1, -1)
             x = torch.cat([cls_token, x], dim=1)  # (B, N, D)
-        # Under autocast x is bf16 or fp16 here and the table is float32: added as it is, the sum,
-        # and with it the residual stream of all blocks, would silently be float32 and cost
-        # bandwidth.
+        # Under autocast x is 16 bits wide and pos_embed 32. Their plain sum would have 32, and with
+        # it the residual stream of all blocks, at twice the memory traffic.
         return self.dropout(x + self.pos_embed.to(x.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
