@@ -786,10 +786,13 @@ def test_a_window_that_can_never_fit_leaves_the_whole_image():
         assert torch.equal(out, images)
 
 
-@pytest.mark.parametrize("ratio, side", [(2.0, (4, 8)), (0.5, (8, 4))])
-def test_a_window_may_be_as_wide_or_as_high_as_the_image(ratio, side):
+@pytest.mark.parametrize(
+    "area, ratio, side",
+    [(1 / 2, 2, (4, 8)), (1 / 2, 1 / 2, (8, 4)), (1 / 8, 8, (1, 8)), (1 / 8, 1 / 8, (8, 1))],
+)
+def test_a_window_may_be_as_long_as_the_image_and_as_thin_as_a_pixel(area, ratio, side):
     images = torch.zeros(9, 1, 8, 8, dtype=torch.uint8)
-    drawn = drawn_windows(images, (0.5, 0.5), (ratio, ratio), 0)[1]
+    drawn = drawn_windows(images, (area, area), (ratio, ratio), 0)[1]
     assert {tuple(window[2:]) for window in drawn.int().tolist()} == {side}
 
 
