@@ -668,7 +668,7 @@ def main(argv: list[str] | None = None):
             axis.imshow(image.permute(1, 2, 0).numpy())
             axis.axis("off")
         line[0].text(-0.15, 0.5, title, ha="right", va="center", transform=line[0].transAxes)
-    figure.suptitle(f"{args.dataset}: what augmentation makes of an image, and of a batch")
+    figure.suptitle("What augmentation makes of an image, and of a batch")
     try:
         figure.savefig(args.out, dpi=75)
     except (ValueError, OSError) as error:  # ValueError: a format that matplotlib does not know
