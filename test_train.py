@@ -2028,6 +2028,22 @@ def test_evaluation_writes_metrics_and_pictures_for_any_number_of_classes(K, poo
             assert len(picture.convert("RGB").getcolors(10**6)) > 20 and max(picture.size) < 3000
 
 
+def test_the_pictures_are_named_after_the_data_and_show_images_from_all_over_the_set(monkeypatch):
+    """A folder of pictures gives its own name, as "folder" says nothing; of 80 images, sorted by
+    class as a folder's are, every tenth."""
+    titles, shown = [], []
+    monkeypatch.setattr(evaluate, "plot_positions", lambda path, model, title: titles.append(title))
+    monkeypatch.setattr(evaluate, "plot_attention", lambda path, model, *rest: shown.append(rest))
+    checkpoint = make_checkpoint(DATASET.classes)
+    dataset = make_dataset(n_test=80)
+    for source, data_dir in (("shapes", "data"), ("folder", "my/pets/")):
+        checkpoint["train"] |= {"dataset": source, "data_dir": data_dir}
+        evaluate.evaluate(checkpoint, "out", device="cpu", dataset=dataset)
+    assert titles == ["shapes", "pets"]
+    assert [title for *_, title in shown] == ["shapes, test images", "pets, test images"]
+    assert torch.equal(shown[0][0][:8], dataset.test_images[0:80:10])
+
+
 def test_the_attention_picture_is_bright_where_the_rollout_is_highest(monkeypatch):
     """Row 0 of the rollout without its own column; a picture of one colour is dimmed elsewhere."""
     shown = []
