@@ -531,6 +531,30 @@ def test_a_damaged_cache_is_ignored_and_replaced(damage, tmp_path):
     assert decoded(tmp_path) == []
 
 
+class Payload:
+    """Unpickled by a careless reader, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_code_hidden_in_a_cache_is_not_run(tmp_path):
+    """A folder of pictures from a stranger may bring a cache along."""
+    make_folder(tmp_path / "pictures")
+    expected = load_folder(tmp_path / "pictures")
+    (cache,) = (tmp_path / "pictures").glob(".cache*")
+    trap = tmp_path / "hacked"
+    torch.save({"key": Payload(str(trap)), "arrays": []}, cache)
+    assert torch.equal(load_folder(tmp_path / "pictures").train_images, expected.train_images)
+    assert not trap.exists()
+    torch.save({"key": Payload(str(trap)), "arrays": []}, cache)
+    torch.load(cache, weights_only=False)
+    assert trap.exists()  # the trap would have worked
+
+
 def fail_to_open(path, mode="r", *args, _open=open, **kwargs):
     if "w" in mode:
         raise OSError(errno.EROFS, "Read-only file system", str(path))

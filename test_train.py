@@ -240,7 +240,7 @@ def test_the_tiny_run_learns_and_chooses():
 
 
 def test_the_deit_recipe_is_the_documented_one():
-    """The table of the README and of DeiT: what `python train.py` does. (test_vit.py: ViTConfig.)"""
+    """The README's table and DeiT's: what `python train.py` does. (ViTConfig: see test_vit.py.)"""
     assert asdict(TrainConfig()) == {
         "dataset": "cifar10",
         "data_dir": "data",
@@ -284,6 +284,14 @@ def test_presets_set_real_fields_to_values_that_work():
         train.build_configs(preset)
         for name, value in preset.items():
             assert value != defaults[name] and isinstance(value, type(defaults[name])), name
+
+
+def test_the_limits_themselves_are_within_the_limits():
+    """What is refused beyond them stands in BAD_INPUT, part 11."""
+    TrainConfig(val_size=1, epochs=1, batch_size=1, mixup=0, cutmix=0, seed=2**32 - 1)
+    TrainConfig(weight_decay=0, grad_clip=0, pct_start=0, label_smoothing=0, ema_decay=0, seed=0)
+    TrainConfig(randaugment_ops=0, randaugment_magnitude=0, randaugment_prob=0, mix_until=0)
+    TrainConfig(randaugment_magnitude=30, randaugment_prob=1, mix_until=1, eval_every=1)
 
 
 def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
@@ -345,6 +353,8 @@ def test_auto_is_the_accelerator_that_is_there(monkeypatch):
     for name, text in wrong.items():
         with pytest.raises(ValueError, match=text):
             evaluate.pick_device(name)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert evaluate.pick_device("cuda") == torch.device("cuda")
     pretend(monkeypatch, None)
     assert evaluate.pick_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="there is only cpu"):
@@ -2042,6 +2052,8 @@ def test_the_pictures_are_named_after_the_data_and_show_images_from_all_over_the
     assert titles == ["shapes", "pets"]
     assert [title for *_, title in shown] == ["shapes, test images", "pets, test images"]
     assert torch.equal(shown[0][0][:8], dataset.test_images[0:80:10])
+    evaluate.evaluate(checkpoint, "out", device="cpu", dataset=make_dataset(n_test=9))
+    assert len(shown[2][0]) == 9  # of few images all
 
 
 def test_the_attention_picture_is_bright_where_the_rollout_is_highest(monkeypatch):
@@ -2262,6 +2274,8 @@ BAD_INPUT = {  # flags: what the message must say, or (what to prepare, what the
     "--num-classes 7": "num_classes is 7, but the dataset has 3 classes",
     "--dataset cifar10": "cifar10 has images of 32x32 pixels, image_size is 8",
     "--batch-size 1": "batch_size 1 leaves nothing to mix with",
+    "--batch-size 1 --mixup 0": "batch_size 1 leaves nothing to mix with",
+    "--batch-size 1 --cutmix 0": "batch_size 1 leaves nothing to mix with",
     "--batch-size 41": "batch_size 41 is more than the 40 training images",
     "--val-size 60": "val_size must be between 1 and 59 for 60 training images, got 60",
     "--layers 3": "unrecognized arguments: --layers 3",
