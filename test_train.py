@@ -76,7 +76,7 @@ TINY = """--dataset shapes --device cpu --image-size 8 --patch-size 4 --dim 8 --
 FULL = """--epochs 4 --dtype float16 --dropout 0.1 --attn-dropout 0.1 --drop-path 0.3
     --ema-decay 0.9 --grad-clip 1 --label-smoothing 0.1 --mixup 0.8 --cutmix 1""".split()
 PLOTS = {name: f for name, f in vars(evaluate).items() if name.startswith("plot_")}
-VERSIONS = train.versions
+VERSIONS, MEASURE_PEAK = train.versions, train.measure_peak
 WALL_CLOCK = ("images_per_second", "mfu", "seconds")  # what may differ between two equal runs
 
 
@@ -1775,6 +1775,14 @@ def test_throughput_and_mfu_follow_from_the_clock(plain):
         speed = float(row["images_per_second"])
         assert float(row["mfu"]) == pytest.approx(speed * 3 * forward / 1e12, rel=1e-9)
         assert 40 / speed < float(row["seconds"])
+
+
+def test_the_peak_is_that_of_the_fastest_of_five_products(monkeypatch):
+    """2 n^3 operations in the 2 seconds of the second one; n is smaller where a CPU emulates."""
+    for dtype, n in ((torch.float32, 1024), (torch.bfloat16, 1024), (torch.float16, 256)):
+        ticks = iter([0, 4, 10, 12, 20, 23, 30, 33, 40, 45])
+        monkeypatch.setattr(train.time, "perf_counter", lambda ticks=ticks: next(ticks))
+        assert MEASURE_PEAK(torch.device("cpu"), dtype) == 2 * n**3 / 2
 
 
 def test_the_accuracies_in_the_log_are_those_of_clean_images():
