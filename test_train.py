@@ -1673,8 +1673,10 @@ def continuing(line):
     return words[2:]
 
 
-def test_max_minutes_ends_at_an_epoch_boundary_before_the_time_is_up(monkeypatch, capsys):
-    """Epochs of 10 s by a false clock: a sixth, with 10 % to spare, would end at 61 s."""
+@pytest.mark.parametrize("minutes", [1, 0.9])
+def test_max_minutes_ends_at_an_epoch_boundary_before_the_time_is_up(minutes, monkeypatch, capsys):
+    """Epochs of 10 s by a false clock: a sixth, with 10 % to spare, would end at 61 s. A fifth, with
+    no more than that to spare, ends within 54 s."""
     clock = {"now": 1000.0}
     real = train.train_epoch
 
@@ -1685,7 +1687,7 @@ def test_max_minutes_ends_at_an_epoch_boundary_before_the_time_is_up(monkeypatch
     monkeypatch.setattr(train, "train_epoch", train_epoch)
     false = SimpleNamespace(monotonic=lambda: clock["now"], perf_counter=time.perf_counter)
     monkeypatch.setattr(train, "time", false)
-    assert run("--epochs", 8, "--max-minutes", 1, "--save-every", 100) == 0
+    assert run("--epochs", 8, "--max-minutes", minutes, "--save-every", 100) == 0
     *_, first, second = capsys.readouterr().out.splitlines()
     assert first == "out of time: out/last.pt holds epoch 5 of 8"
     assert [row["seconds"] for row in read_csv()] == ["10.0"] * 5
@@ -1775,6 +1777,21 @@ def test_throughput_and_mfu_follow_from_the_clock(plain):
         speed = float(row["images_per_second"])
         assert float(row["mfu"]) == pytest.approx(speed * 3 * forward / 1e12, rel=1e-9)
         assert 40 / speed < float(row["seconds"])
+
+
+def test_the_throughput_counts_the_augmentation(monkeypatch):
+    """100 s of it, by a false clock that stands still otherwise: 40 images in 100 s."""
+    clock, augment = [0.0], data.augment
+
+    def slow(*args):
+        clock[0] += 100
+        return augment(*args)
+
+    monkeypatch.setattr(data, "augment", slow)
+    false = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: clock[0])
+    monkeypatch.setattr(train, "time", false)
+    assert run() == 0
+    assert [float(row["images_per_second"]) for row in read_csv()] == [0.4, 0.4]
 
 
 def test_the_peak_is_that_of_the_fastest_of_five_products(monkeypatch):

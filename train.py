@@ -865,7 +865,7 @@ def saved_in(out: str) -> str:
     return f"{out}/last.pt holds epoch {last['epoch']} of {last['train']['epochs']}"
 
 
-def command(argv: list[str] | None, world: int = 1) -> str:
+def command(argv: list[str] | None, world: int) -> str:
     """The command that continues this run."""
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
     program = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
