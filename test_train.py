@@ -1675,8 +1675,8 @@ def continuing(line):
 
 @pytest.mark.parametrize("minutes", [1, 0.9])
 def test_max_minutes_ends_at_an_epoch_boundary_before_the_time_is_up(minutes, monkeypatch, capsys):
-    """Epochs of 10 s by a false clock: a sixth, with 10 % to spare, would end at 61 s. A fifth, with
-    no more than that to spare, ends within 54 s."""
+    """Epochs of 10 s by a false clock: a sixth, with a tenth to spare, would end at 61 s. A fifth,
+    with no more than that to spare, ends within 54 s."""
     clock = {"now": 1000.0}
     real = train.train_epoch
 
