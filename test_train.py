@@ -392,6 +392,17 @@ def test_the_announced_pace_is_augmentation_once_and_the_later_steps_times_their
     assert train.pace([0, 10, 17, 37, 57], 5) == 110
 
 
+def test_a_slow_epoch_is_announced_once_and_a_quick_one_is_not(monkeypatch, capsys):
+    """`left` comes with the first epoch's line, which on a CPU may be hours away."""
+    monkeypatch.setattr(train, "pace", lambda marks, steps: {5: 61.0}[steps])
+    assert run("--epochs", 3) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("about")]
+    assert said == ["about 1:01 an epoch, 3:03 for 3 to go"]
+    monkeypatch.setattr(train, "pace", lambda marks, steps: 60.0)
+    assert run(out="quick") == 0
+    assert "about" not in capsys.readouterr().out
+
+
 # Another value for every flag of the recipe; the network's come last.
 OTHER = {
     "val_size": 12,
