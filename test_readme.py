@@ -5,6 +5,7 @@ and demands that the test it names turns red.
 """
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import train
 from train import PRESETS, TrainConfig
 from vit import ViTConfig
 
@@ -21,11 +23,49 @@ BREAK_IT = re.findall(r"in `(\w+\.py)` replace `(.+?)` by `(.+?)`; `(test_\w+)` 
 FIELDS = {**TrainConfig.__dataclass_fields__, **ViTConfig.__dataclass_fields__}
 
 
-def test_every_command_of_the_readme_uses_flags_that_exist():
-    program = re.findall(r"^.*train\.py.*$", README, re.MULTILINE)
-    flags = {flag for line in program for flag in re.findall(r"train\.py.*?(?=[#|`]|$)", line)}
-    named = {name for text in flags for name in re.findall(r"--([a-z-]+)", text)}
-    assert named - {name.replace("_", "-") for name in FIELDS} <= {"preset", "help"}
+def shell_commands():
+    """The commands of the README's sh blocks and inline ones, with their variables filled in."""
+    variables, commands = {}, re.findall(r"`((?:python|torchrun) [^`]+)`", README)
+    for block in re.findall(r"```(?:sh|python)\n(.*?)```", README, re.DOTALL):
+        for line in block.splitlines():
+            line = line.split("#")[0].strip().removeprefix("!")
+            for name, value in variables.items():
+                line = line.replace("$" + name, value)
+            assignment = re.fullmatch(r'(\w+)="(.*)"', line)
+            if assignment:
+                variables[assignment[1]] = assignment[2]
+            else:
+                commands += re.split(r" && |; ", line)
+    return [command for command in commands if "train.py" in command]
+
+
+def test_every_training_command_of_the_readme_is_one_that_train_py_accepts():
+    """Flags, presets, types and limits; only what the data or the machine decide is left open."""
+    commands = shell_commands()
+    assert len(commands) >= 25
+    for command in commands:
+        words = shlex.split(command)
+        argv = words[words.index("train.py") + 1 :]
+        if argv != ["--help"]:
+            preset, flags = train.parse(argv)
+            train.build_configs({**preset, **flags})
+
+
+def test_the_levers_of_the_ablation_lead_from_deit_to_strong():
+    """The last row of the ablation and --optimizer muon: the strong preset, to three digits."""
+    command = next(c for c in shell_commands() if "runs/lever-5-averaging" in c)
+    _, flags = train.parse(command.split()[2:])
+    lever = {k: v for k, v in flags.items() if k in FIELDS and k not in ("out", "max_minutes")}
+    lever = {k: v for k, v in lever.items() if k not in ("dataset", "data_dir", "lr")}
+    assert lever | {"optimizer": "muon"} == pytest.approx(PRESETS["strong"], abs=5e-5)
+
+
+def test_the_map_counts_the_lines_of_the_files():
+    """Rounded: within twenty of the truth."""
+    counts = re.findall(r"^(\w+\.py) +(\d+) lines", README, re.MULTILINE)
+    assert len(counts) == 6
+    for name, lines in counts:
+        assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 20, name
 
 
 def test_every_file_and_test_the_readme_names_exists():
@@ -40,7 +80,7 @@ def test_every_selection_of_the_course_selects_a_test():
     """`pytest FILE -k "a or b"`: each word of the expression occurs in the name of a test of that
     file."""
     chosen = re.findall(r"`pytest (test_\w+\.py) -k (?:\"([^\"]+)\"|(\w+))`", README)
-    assert len(chosen) >= 13
+    assert len(chosen) >= 14
     for file, quoted, single in chosen:
         for word in (quoted or single).split(" or "):
             assert re.search(rf"^def test_\w*{word}", (ROOT / file).read_text(), re.MULTILINE), word
@@ -61,7 +101,7 @@ def test_the_recipe_table_says_what_the_presets_do():
 
 
 def test_the_course_has_an_exercise_for_every_chapter():
-    assert len(BREAK_IT) == len(re.findall(r"^\*\*\d+\. ", README, re.MULTILINE)) >= 13
+    assert len(BREAK_IT) == len(re.findall(r"^\*\*\d+\. ", README, re.MULTILINE)) >= 14
 
 
 def test_every_exercise_of_the_course_fits_the_files():
