@@ -359,7 +359,8 @@ def evaluate(
         return os.path.join(out, name)
 
     plot_confusion_matrix(path(f"confusion_matrix{suffix}.png"), metrics, title)
-    some = images[:: max(1, len(images) // 8)]  # from all over the set: a folder is sorted by class
+    # Eight from all over the set: a folder is sorted by class, and the shapes come in turn.
+    some = images[torch.linspace(0, len(images) - 1, 8).long().unique()]
     plot_attention(path(f"attention{suffix}.png"), model, some, mean, std, title)
     plot_mistakes(path(f"mistakes{suffix}.png"), images, labels, logits, classes, title)
     plot_positions(path("positions.png"), model, name)
