@@ -30,6 +30,12 @@ MEAN, STD = data.CIFAR_STATISTICS["cifar10"]
 BYTES_PER_IMAGE = 32.6e6  # memory traffic of a compiled bf16 step of DeiT-Ti: an estimate by count
 
 
+def wait(device: torch.device):
+    """Until the device has done what it was told: an accelerator works on behind the CPU's back."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
 def row(what: str, seconds: list[float], unit: str, base: float | None = None) -> float:
     """Print one line of the table, in a unit such as "ms/image". Returns the median in seconds.
 
@@ -54,8 +60,7 @@ def compare(title: str, variants: dict, unit: str, device: torch.device, turns: 
         for name, (call, count) in variants.items():
             began = time.perf_counter()
             call()
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
+            wait(device)
             if turn:
                 seconds[name].append((time.perf_counter() - began) / count)
     base = statistics.median(next(iter(seconds.values())))
@@ -175,6 +180,7 @@ def bench_models(batch: int, device, half: torch.dtype, compiling: bool):
         step = stepper(model, images, targets, half)
         began = time.perf_counter()
         step()
+        wait(device)
         first[what] = time.perf_counter() - began
         variants[f"{str(half)[6:]}, compiling {what}"] = (step, batch)
     title = f"(c) the same step, batch {batch}, eager with AdamW unless it says so"
@@ -195,8 +201,7 @@ def bench_epoch(batch: int, device):
     parts = {name: [] for name in names}
 
     def lap(name: str, began: float, scale: float) -> float:
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
+        wait(device)
         parts[name].append((time.perf_counter() - began) * scale)
         return time.perf_counter()
 

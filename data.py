@@ -569,10 +569,9 @@ def cutmix(
     images: Tensor, targets: Tensor, alpha: float, generator: Generator
 ) -> tuple[Tensor, Tensor]:
     """Paste the same box of every image's neighbour into it; mix the targets by area (Yun 2019).
-    Shapes as in mixup.
 
-    The box aims at 1 - lambda of the area; centred anywhere, it may stick out, so the share is
-    taken from what was really pasted.
+    Shapes as in mixup. The box aims at 1 - lambda of the area; centred anywhere, it may stick out,
+    so the share is taken from what was really pasted.
     """
     H, W = images.shape[-2:]
     half = math.sqrt(1 - draw_lambda(alpha, generator)) / 2

@@ -326,7 +326,7 @@ def test_help_lists_every_field_with_its_default_and_its_reason(capsys):
     with pytest.raises(SystemExit) as end:
         train.main(["--help"])
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert end.value.code == 0 and "--preset" in text
+    assert end.value.code == 0 and "--preset" in text and "(default: deit)" in text
     for field in (*fields(TrainConfig), *fields(ViTConfig)):
         assert re.search(rf"--{field.name.replace('_', '-')}\b", text), field.name
         assert f"(default: {field.default})" in text

@@ -181,7 +181,7 @@ COLUMNS = (*(name for name, *_ in SCREEN), "seconds")  # of log.csv
 def parse(argv: list[str] | None) -> tuple[dict, dict]:
     """The command line as (what the preset sets, what was typed). ValueError if unknown."""
     parser = evaluate.Parser(description="Train a Vision Transformer from scratch.")
-    parser.add_argument("--preset", choices=PRESETS, help="values for the flags below")
+    parser.add_argument("--preset", choices=PRESETS, help="sets flags below (default: deit)")
     for config in (TrainConfig, ViTConfig):
         group = parser.add_argument_group(config.__name__)
         hints, source = get_type_hints(config), inspect.getsource(config)
