@@ -4,7 +4,8 @@ the formula or the reason.
 
     1 the recipe       2 optimizer and schedule   3 one step         4 averaged weights   5 learning
     6 the checkpoint   7 resume                   8 ending well      9 the log           10 evaluate
-    11 bad input      12 real processes          13 the files
+    11 bad input      12 real processes          13 a GPU that is not there
+    14 the files
 
 Three habits make the sentences bite:
 
@@ -43,14 +44,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import evaluate
 import muon
 import train
 from train import TrainConfig
-from vit import TransformerEncoderBlock, VisionTransformer, ViTConfig
+from vit import MultiHeadAttention, TransformerEncoderBlock, VisionTransformer, ViTConfig
 
 # ---- A run that takes a tenth of a second ----
 
@@ -1523,6 +1526,13 @@ def test_each_process_draws_dropout_masks_of_its_own(monkeypatch):
     assert len(seeds) == 8 * 3
 
 
+def test_the_hundred_percent_of_mfu_is_the_peak_of_all_processes_together(monkeypatch):
+    for name in ("init_process_group", "barrier"):
+        monkeypatch.setattr(train.dist, name, lambda *_, **__: None)
+    preset, flags = train.parse(TINY)
+    assert [train.prepare(preset, flags, 0, world).peak for world in (1, 4)] == [1e12, 4e12]
+
+
 def test_best_of_an_earlier_sitting_survives(monkeypatch):
     """The best so far and its file are carried on; a worse epoch does not replace them."""
     script(monkeypatch, [0.9, 0.8, 0.7])
@@ -2605,7 +2615,137 @@ except SystemExit: assert not {'torchvision', 'matplotlib', 'PIL'} & set(sys.mod
     assert process.returncode == 0 and process.stdout.startswith("usage: ") and not process.stderr
 
 
-# ---- 13 The files ----
+# ---- 13 A GPU that is not there ----
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+READS = ("item", "tolist", "nonzero", "equal", "__bool__", "__int__", "__float__")
+
+
+class PretendedGPU(TorchFunctionMode):
+    """Tensors that are moved to cuda stay on the CPU, but say they are there, and keep apart.
+
+    As on a real one, a call with tensors of both kinds is refused, unless one is a single number.
+    `waits` lists the calls for which the CPU would wait for the GPU: what reads from it, and what
+    copies to it (from ordinary memory).
+    """
+
+    waits = ()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def is_there(tensor):  # storages bear the mark, so that views share it
+            return hasattr(tensor.untyped_storage(), "is_on_gpu")
+
+        def tensors(tree):
+            return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+        if func == torch.Tensor.device.__get__:
+            return CUDA if is_there(args[0]) else CPU
+        name, kwargs, given = func.__name__, dict(kwargs or {}), tensors((args, kwargs))
+        target = CPU if name == "cpu" else kwargs.get("device")
+        if "device" in kwargs:
+            kwargs["device"] = CPU
+        if name == "to":
+            target = next((x for x in args if isinstance(x, torch.device)), target)
+            args = [CPU if x is target else x for x in args]
+        source = any(map(is_there, given))
+        goal = torch.device(target) == CUDA if target else source
+        may_mix = ("to", "copy_", "__set__", "_has_compatible_shallow_copy_type")
+        if name not in may_mix and len({is_there(x) for x in given if x.ndim}) == 2:
+            raise RuntimeError(f"{name}: expected all tensors on one device, found cuda and cpu")
+        if source and name == "numpy":
+            raise TypeError("can't convert a cuda tensor to numpy")
+        copies = given or name in ("tensor", "as_tensor")
+        if source != goal and copies or source and name in READS:
+            self.waits += (name,)
+        out = func(*args, **kwargs)
+        for tensor in tensors(out):
+            if is_there(tensor) != goal:
+                if any(tensor is x for x in given):  # to() had nothing to do
+                    out = tensor = tensor.clone()
+                if goal:
+                    tensor.untyped_storage().is_on_gpu = True
+        return out
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`with gpu:` tensors can be on cuda. What torch itself would ask a GPU is answered here."""
+
+    def group(*args, real=torch._C._group_tensors_by_device_and_dtype):
+        return {(found[0][0][0].device, key[1]): found for key, found in real(*args).items()}
+
+    def on_cpu(real):
+        return lambda device, *args, **kwargs: real("cpu", *args, **kwargs)
+
+    monkeypatch.setattr(torch._C, "_group_tensors_by_device_and_dtype", group)
+    monkeypatch.setattr(torch, "autocast", on_cpu(torch.autocast))
+    monkeypatch.setattr(torch.amp, "GradScaler", on_cpu(torch.amp.GradScaler))
+    monkeypatch.setattr(evaluate, "pick_device", torch.device)
+    monkeypatch.setattr(train, "can_compile", lambda device: False)
+    monkeypatch.setattr(train, "save_pause", lambda device: 0.0)
+    return PretendedGPU()
+
+
+def test_the_pretended_gpu_keeps_tensors_apart_and_sees_who_waits(gpu):
+    """Support code is tested too."""
+    x = torch.ones(3)
+    with gpu:
+        y = x.to(CUDA)
+        assert (x.device, y.device, y[1:].device, (2 * y).device) == (CPU, CUDA, CUDA, CUDA)
+        assert torch.zeros(2, device="cuda").device == CUDA and y.cpu().device == CPU
+        assert nn.Linear(3, 3).to(CUDA)(y).device == CUDA and y.to(torch.float64).device == CUDA
+        y.mul_(2)
+        assert x.tolist() == [1, 1, 1] and y.cpu().tolist() == [2, 2, 2]
+        (y * torch.tensor(3.0)).sum()
+        assert gpu.waits == ("to", "cpu", "to", "to", "cpu")  # x, y, two parameters, y
+        assert y.sum().item() == 6 and gpu.waits[5:] == ("item",)
+        torch.as_tensor(y, device=CUDA), torch.tensor([1.0], device=CUDA)
+        assert gpu.waits[6:] == ("tensor",)
+        with pytest.raises(TypeError, match="to numpy"):
+            y.numpy()
+        for mix in (lambda: x + y, lambda: torch.stack([x, y]), lambda: x[y.long()]):
+            with pytest.raises(RuntimeError, match="expected all tensors on one device"):
+                mix()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--dtype bfloat16", "--dtype bfloat16 --preset strong --crop resized", " ".join(FULL)],
+    ids=["deit", "strong", "float16"],
+)
+def test_a_run_on_a_gpu_mixes_no_devices_and_resumes_to_the_bits_of_a_cpu(gpu, flags, monkeypatch):
+    """What a GPU's own kernels round is another matter; every step here is the CPU's."""
+    flags = [*flags.split(), "--epochs", 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(MultiHeadAttention, "fused", True)  # as it is on a GPU by itself
+        assert run(*flags, out="cpu") == 0
+    with gpu:
+        assert run(*flags, "--device", "cuda") == 0
+        assert run(*flags, "--device", "cuda", "--max-minutes", 1e-6, out="stopped") == 0
+        assert run(*flags, "--device", "cuda", "--resume", out="stopped") == 0
+        for name in ("plot_attention", "plot_positions"):
+            monkeypatch.setattr(evaluate, name, PLOTS[name])
+        seen = len(gpu.waits)
+        assert evaluate.main(["out/best.pt", "--split", "val", "--device", "cuda"]) == 0
+        assert len(gpu.waits) > seen  # it was there
+    assert difference(outcome("out/last.pt"), outcome("cpu/last.pt")) is None
+    assert difference(outcome("stopped/last.pt"), outcome("cpu/last.pt")) is None
+
+
+def test_an_epoch_on_a_gpu_waits_no_oftener_for_more_steps(gpu):
+    """Only float16 does: its scaler has to be asked."""
+    for dtype, grows in (("bfloat16", False), ("float16", True)):
+        waits = []
+        for batch in (8, 20):  # 5 steps, 2 steps
+            seen = len(gpu.waits)
+            flags = ("--dtype", dtype, "--grad-clip", 1, "--ema-decay", 0.9, "--device", "cuda")
+            with gpu:
+                assert run(*flags, "--batch-size", batch, out=f"{dtype}-{batch}") == 0
+            waits.append(len(gpu.waits) - seen)
+        assert (waits[0] > waits[1]) == grows and waits[1] > 0
+
+
+# ---- 14 The files ----
 
 
 def imports(path):
