@@ -173,10 +173,12 @@ def bench_models(batch: int, device, half: torch.dtype, compiling: bool):
     muon = Muon(train.parameter_groups(model, 0.05), lr=1e-4, fused=True)
     variants[f"{str(half)[6:]}, Muon"] = (stepper(model, images, targets, half, muon), batch)
     first = {}
-    for what in ("the blocks", "the model") if compiling else ():
+    ways = ("the blocks", "the model", *(["the model, CUDA graphs"] * (device.type == "cuda")))
+    for what in ways if compiling else ():
         model = VisionTransformer(config).to(device)
+        mode = "reduce-overhead" if what.endswith("graphs") else None
         for module in model.blocks if what == "the blocks" else [model]:
-            module.compile(dynamic=False)
+            module.compile(dynamic=False, mode=mode)
         step = stepper(model, images, targets, half)
         began = time.perf_counter()
         step()
@@ -257,6 +259,21 @@ def bench_epoch(batch: int, device):
         print(f"  and {share:.1%} of the memory bandwidth, at {BYTES_PER_IMAGE / 1e6} MB an image")
 
 
+def bench_overhead(device):
+    """(h) What a step costs beside its arithmetic: twelve blocks with next to nothing in them."""
+    images = torch.randn(2, 3, 32, 32, device=device)
+    targets = torch.full((2, 10), 0.1, device=device)
+    variants = {}
+    for preset in ("deit", "strong"):
+        config, vit_config = train.build_configs({**train.PRESETS[preset], "device": str(device)})
+        small = replace(vit_config, patch_size=16, dim=24)
+        state = train.build_state(config, small, 10_000, device)
+        state.model.train()
+        step = partial(train.train_step, state, images, targets, config)
+        variants[f"`{preset}`: 2 images, depth 12, width 24, 4 patches"] = (step, 1)
+    compare("(h) Python and launches: a step with hardly any arithmetic", variants, "ms", device)
+
+
 def bench_scaling(batch: int, device, dtype):
     """(g) How the cost of a step grows."""
     base = ViTConfig(dropout=0.0, depth=4)
@@ -306,6 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     bench_models(batch, device, half, compiling=args.compile or device.type == "cuda")
     bench_epoch(batch, device)
     bench_scaling(batch, device, dtype)
+    bench_overhead(device)
     return 0
 
 
