@@ -191,7 +191,25 @@ def bench_models(batch: int, device, half: torch.dtype, compiling: bool):
         row(f"the first step, which compiles {what}", [seconds], "s", first["the blocks"])
 
 
-def bench_epoch(batch: int, device):
+def kept_for_backward(images: torch.Tensor, half: torch.dtype) -> int:
+    """Bytes that the forward pass of the `deit` network keeps for its backward pass, eager."""
+    model = VisionTransformer(ViTConfig()).to(images.device)
+    for block in model.blocks:
+        block.attn.fused = True  # as on a GPU
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast(images.device.type, half):
+            model(images)
+    return sum(sizes.values())
+
+
+def bench_epoch(batch: int, device, half: torch.dtype):
     """(d) Where the time of an epoch of the `deit` recipe goes, (e) memory, (f) the roofline."""
     count = 4 * batch
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, device=device)
@@ -236,12 +254,16 @@ def bench_epoch(batch: int, device):
 
     import resource  # not on Windows
 
-    print("\n(e) peak memory")
+    print("\n(e) memory")
+    four, eight = (kept_for_backward(images[:n].float(), half) for n in (4, 8))  # weights in both
+    print(
+        f"  kept for backward, {str(half)[6:]}, eager: {(eight - four) / 4 / 1e6:.2f} MB an image"
+    )
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # it counts in KiB
-    print(f"  host, this whole program: {host:.2f} GiB")
+    print(f"  peak of the host, this whole program: {host:.2f} GiB")
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
-        print(f"  device, training at batch {batch}: {peak:.2f} GiB")
+        print(f"  peak of the device, training at batch {batch}: {peak:.2f} GiB")
 
     peak = train.measure_peak(device, state.dtype)
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
@@ -321,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
     bench_pipeline()
     half = torch.bfloat16 if dtype == torch.float32 else dtype
     bench_models(batch, device, half, compiling=args.compile or device.type == "cuda")
-    bench_epoch(batch, device)
+    bench_epoch(batch, device, half)
     bench_scaling(batch, device, dtype)
     bench_overhead(device)
     return 0
