@@ -608,12 +608,13 @@ def test_the_learning_rate_rises_once_falls_once_and_ends_at_its_floor(monkeypat
     assert [float(row["lr"]) for row in read_csv()] == pytest.approx(expected[4::5], rel=1e-9)
 
 
-@pytest.mark.parametrize("pct_start", [0.0, 0.1, 0.2])
-def test_a_rise_of_no_or_one_step_is_no_rise(pct_start, monkeypatch):
+@pytest.mark.parametrize("pct_start, equal_to", [(0.0, 0.0), (0.1, 0.0), (0.2, 0.2)])
+def test_a_rise_of_no_or_one_step_is_no_rise(pct_start, equal_to, monkeypatch):
     """torch divides by (steps of the rise - 1): pct_start x 10 steps = 1 must not end the run."""
     seen = spy_on_steps(monkeypatch, lambda state, *_: state.scheduler.get_last_lr()[0])
     assert run("--pct-start", pct_start) == 0
-    assert all(a > b for a, b in itertools.pairwise(seen[round(10 * pct_start) - 1 :][1:]))
+    expected = [one_cycle(step, 10, equal_to, 0.01) for step in range(10)]
+    assert seen == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_betas_follow_the_recipe_through_the_whole_schedule(monkeypatch):
