@@ -79,7 +79,9 @@ def load(dataset: str, data_dir: str, image_size: int, download_url: str | None 
     else:
         known = '"cifar10", "cifar100", "folder" or "shapes"'
         raise ValueError(f'dataset must be {known}, got "{dataset}"')
-    return Dataset(classes, *arrays, *channel_statistics(arrays[0]))
+    mean, std = channel_statistics(arrays[0])
+    std = tuple(s or 1.0 for s in std)  # a channel of one value becomes 0, and not 0 / 0
+    return Dataset(classes, *arrays, mean, std)
 
 
 def load_cifar(dataset: str, data_dir: str, download_url: str | None = None) -> tuple:
@@ -114,42 +116,38 @@ def load_folder(data_dir: str, image_size: int) -> tuple:
     """
     from tqdm import tqdm
 
-    classes, files = [], []
-    for part in ("train", "test"):
-        part_classes, part_files = list_images(os.path.join(data_dir, part))
-        classes.append(part_classes)
-        files.append(part_files)
-    if classes[0] != classes[1]:
-        different = ", ".join(sorted(set(classes[0]) ^ set(classes[1])))
+    classes, train_files = list_images(os.path.join(data_dir, "train"))
+    test_classes, test_files = list_images(os.path.join(data_dir, "test"))
+    if classes != test_classes:
+        different = ", ".join(sorted(set(classes) ^ set(test_classes)))
         wanted = "train and test must have the same classes"
         raise ValueError(f"{data_dir}: {wanted}; in only one of them: {different}")
 
-    stats = [(path, label, os.stat(path)) for part in files for path, label in part]
+    files = train_files + test_files
+    stats = [(path, label, os.stat(path)) for path, label in files]
     stamps = [(path, label, stat.st_size, stat.st_mtime_ns) for path, label, stat in stats]
-    key = hashlib.sha256(repr((image_size, classes[0], stamps)).encode()).hexdigest()
+    key = hashlib.sha256(repr((classes, stamps)).encode()).hexdigest()
     cache = os.path.join(data_dir, f".cache-{image_size}.pt")
     try:
         cached = torch.load(cache, weights_only=True)
         if cached["key"] == key:
-            return classes[0], *cached["arrays"]
+            return classes, *cached["arrays"]
     except Exception:  # absent, damaged, of an older format: whatever it is, decoding puts it right
         pass
 
-    count = sum(map(len, files))
-    print(f"decoding {count:,} images of {data_dir}, once", flush=True)
-    arrays = []
-    with tqdm(total=count, unit=" images", disable=None) as bar:  # None: a bar on a terminal only
-        for part in files:
-            images = torch.empty(len(part), 3, image_size, image_size, dtype=torch.uint8)
-            for i, (path, _) in enumerate(part):
-                images[i] = open_image(path, image_size)
-                bar.update()
-            arrays += [images, torch.tensor([label for _, label in part])]
+    print(f"decoding {len(files):,} images of {data_dir}, once", flush=True)
+    images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
+    with tqdm(files, unit=" images", disable=None) as bar:  # None: a bar on a terminal only
+        for i, (path, _) in enumerate(bar):
+            images[i] = open_image(path, image_size)
+    labels = torch.tensor([label for _, label in files])
+    n = len(train_files)
+    arrays = [images[:n], labels[:n], images[n:], labels[n:]]
     try:
         save_atomically({"key": key, "arrays": arrays}, cache)
     except OSError as error:  # a read-only folder: everything works, only slower the next time
         print(f"warning: cannot keep the decoded images for the next run: {error}", file=sys.stderr)
-    return classes[0], *arrays
+    return classes, *arrays
 
 
 def list_images(root: str) -> tuple[list[str], list[tuple[str, int]]]:
@@ -247,7 +245,7 @@ def draw_shapes(n: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
 
     Colours, place, size and tilt are random and independent of the class, so that neither the mean
     colour nor any single pixel gives the class away: the shape has to be seen. The same seed draws
-    the same bytes.
+    the same bytes (on CPUs with the same instructions).
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -381,15 +379,13 @@ def random_flip(images: Tensor, generator: Generator) -> Tensor:
     """uint8 (N, C, H, W) -> the same: each image mirrored left to right with probability 1/2."""
 
     def flip(images, mirrored):
-        out, index = images.clone(), mirrored.nonzero().flatten().to(images.device)
-        out[index] = images.index_select(0, index).flip(-1)  # copies rows, faster than [index]
-        return out
+        return torch.where(mirrored.to(images.device), images.flip(-1), images)
 
-    return in_chunks(flip, images, torch.rand(len(images), generator=generator) < 0.5)
+    return in_chunks(flip, images, torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5)
 
 
 # RandAugment (Cubuk 2020): each image draws num_ops of these 14 operations, and for the signed ones
-# a sign. The kernels are torchvision's own.
+# a sign. The kernels are torchvision's own, but for sharpen, which equals its.
 OPERATIONS = {  # name: (kernel(F, image, strength), strength at magnitude 0 and at 30, signed)
     "Identity": (lambda F, x, m: x, None, False),
     "ShearX": (lambda F, x, m: shear(F, x, m, 0.0), lambda H, W: (0, 0.3), True),
@@ -407,7 +403,8 @@ OPERATIONS = {  # name: (kernel(F, image, strength), strength at magnitude 0 and
     "Equalize": (lambda F, x, m: F.equalize(x), None, False),
 }
 # The first kind moves pixels, the same whatever the image shows; for the second a new value depends
-# on the old value alone.
+# on the old value alone. Both are applied by a table, made on the CPU: one call for all images, and
+# the same pixels on every device.
 MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 MAPS = ("Brightness", "Posterize", "Solarize")
 

@@ -180,11 +180,9 @@ def attention_rollout(maps: Tensor) -> Tensor:
 
 def new_figure(rows: int = 1, columns: int = 1, **options):
     """A matplotlib figure and its axes, (rows, columns): no window system, no global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(layout="constrained", **options)
-    FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

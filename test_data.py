@@ -657,6 +657,18 @@ def statistics(images):
     return pixels.mean(axis=1), pixels.std(axis=1)
 
 
+def test_a_channel_of_one_value_is_normalised_to_zero(tmp_path):
+    """Red drawings, say: dividing by their deviation would make every loss nan."""
+    red = noise(2, 8, 8, 0)
+    red[:, 1:] = torch.tensor([0, 7]).view(2, 1, 1)
+    for part in ("train", "test"):
+        for name, image in zip("ab", red):
+            write_picture(tmp_path / part / name / "1.png", image)
+    got = data.load("folder", str(tmp_path), 8)
+    x = data.normalize(got.train_images, got.mean, got.std)
+    assert x[:, 0].std() > 0.9 and x[:, 1:].abs().max() < 1e-6
+
+
 @given(sizes, seeds)
 def test_channel_statistics_are_those_of_all_pixels_together(size, seed):
     """Images of different brightness: the mean of each image's own deviation would be smaller."""

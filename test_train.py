@@ -1206,6 +1206,37 @@ def test_a_full_disk_ends_the_run_with_one_line_and_loses_nothing(file, monkeypa
     assert run("--resume", "--epochs", 3) == 0
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("x: can't allocate memory")],
+    ids=["gpu", "cpu"],
+)
+def test_out_of_memory_is_one_line_that_says_what_is_kept(error, monkeypatch, capsys):
+    """In the eighth step, say, because another program has taken the GPU's memory."""
+
+    def raise_it(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        on_call(patch, train, "train_step", 8, raise_it)
+        assert run() == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory") and "--batch-size" in line
+    assert line.endswith("out/last.pt holds epoch 1 of 2")
+    assert run("--resume") == 0
+
+
+def test_any_other_failure_of_torch_keeps_its_traceback(monkeypatch):
+    """A bug is not the user's to mend, even if its text speaks of memory."""
+
+    def raise_it(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    on_call(monkeypatch, train, "train_step", 8, raise_it)
+    with pytest.raises(RuntimeError, match="illegal"):
+        run()
+
+
 def flip_a_bit(path):
     """One bit, inside the data of the largest tensor."""
     with zipfile.ZipFile(path) as archive:
@@ -1581,6 +1612,21 @@ def test_repeating_the_flags_of_the_run_is_no_contradiction(plain):
     assert difference(contents("out/last.pt"), contents(plain / "last.pt")) is None
 
 
+def test_a_flag_that_fits_the_run_need_not_fit_the_defaults():
+    """One that only repeats the run: --dim 8 cannot have the three heads of the default."""
+    own = "--batch-size 1 --mixup 0 --cutmix 0 --image-size 6 --patch-size 3".split()
+    assert run(*own, "--max-minutes", 1e-9) == 0
+    assert train.main("--resume --dim 8 --batch-size 1 --image-size 6".split()) == 0
+    assert [row["epoch"] for row in read_csv()] == ["1", "2"]
+
+
+def test_a_contradiction_of_the_preset_is_not_blamed_on_a_flag(plain, capsys):
+    shutil.copytree(plain, "out")
+    assert train.main(["--resume", "--preset", "demo"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "--val-size 1000 of the --preset contradicts the run in out, which has 20" in line
+
+
 def test_resume_minds_only_the_flags_that_were_typed(plain):
     """--batch-size alone scales the rate of a new run; of an old one the rate is known."""
     assert run("--max-minutes", 1e-9) == 0
@@ -1637,9 +1683,14 @@ def test_resume_refuses_a_recipe_with_a_field_it_does_not_know(plain, capsys):
     assert tree() == before
 
 
-@pytest.mark.parametrize("left", [["last.pt"], ["best.pt"], ["last.pt", "best.pt", "log.csv"]])
+@pytest.mark.parametrize(
+    "left", [["last.pt"], ["best.pt"], ["metrics.json"], ["last.pt", "best.pt", "log.csv"]]
+)
 def test_an_existing_run_is_never_overwritten_unasked(left, plain, capsys):
-    """A second start into the same folder names the two ways on."""
+    """A second start into the same folder names the two ways on.
+
+    (A metrics.json that is left over would pass for the new run's look at the test set.)
+    """
     os.makedirs("out")
     for name in left:
         shutil.copy(plain / name, "out")
@@ -1656,15 +1707,17 @@ def test_resume_into_a_folder_without_a_run_starts_one(plain):
     assert difference(contents("out/last.pt"), contents(plain / "last.pt")) is None
 
 
-def test_a_late_best_without_a_last_is_refused(monkeypatch, capsys):
+@pytest.mark.parametrize("accuracies", [[0.1, 0.9], [0.9, 0.1]])
+def test_what_is_left_of_a_run_without_its_last_is_not_overwritten(accuracies, monkeypatch, capsys):
     """After the first save this is no kill's work: last.pt was lost, and best.pt is left."""
-    script(monkeypatch, [0.1, 0.9])
+    script(monkeypatch, accuracies)
     assert run() == 0
-    os.remove("out/last.pt")
-    before = tree()
-    assert run("--resume") == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert "best.pt but no last.pt" in line and tree() == before
+    for lost, left in (("last", "best.pt"), ("best", "metrics.json")):
+        os.remove(f"out/{lost}.pt")
+        before = tree()
+        assert run("--resume") == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert f"{left} but no last.pt" in line and tree() == before
 
 
 def test_a_finished_run_is_not_evaluated_again(plain, capsys):
@@ -2316,6 +2369,8 @@ BAD_INPUT = {  # flags: what the message must say, or (what to prepare, what the
     "--patch-size 0": "patch_size must be at least 1",
     "--heads 0": "heads must be at least 1",
     "--mlp-ratio 0": "mlp_ratio 0.0 times dim 8",
+    "--mlp-ratio 1e12": "out of memory",
+    "--mlp-ratio 1e18": "out of memory",  # torch: overflow
     "--dropout 1": "dropout must be in [0, 1)",
     "--drop-path nan": "drop_path must be in [0, 1)",
     "--pool max": 'pool must be "cls" or "mean", got "max"',

@@ -30,7 +30,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -184,24 +184,16 @@ def parse(argv: list[str] | None) -> tuple[dict, dict]:
     parser.add_argument("--preset", choices=PRESETS, help="sets flags below (default: deit)")
     for config in (TrainConfig, ViTConfig):
         group = parser.add_argument_group(config.__name__)
-        hints, source = get_type_hints(config), inspect.getsource(config)
+        source = inspect.getsource(config)
         for knob in fields(config):
             # The help is the comment in the source, so there is only one text to keep true.
             [comment] = re.findall(rf"^    {knob.name}: .*?# (.*)$", source, re.MULTILINE)
-            hint = hints[knob.name]
-            kind = get_args(hint)[0] if get_args(hint) else hint  # of `float | None`, float
-            if kind is not bool:
-                options = {"type": kind, "metavar": kind.__name__.upper()}
-            elif knob.default is None:
+            kind, *_ = get_args(knob.type) or [knob.type]  # of `float | None`, float
+            options = {"type": kind, "metavar": kind.__name__.upper()}
+            if kind is bool:
                 options = {"action": argparse.BooleanOptionalAction}
-            else:
-                options = {"action": "store_true"}
-            group.add_argument(
-                "--" + knob.name.replace("_", "-"),
-                help=f"{comment} (default: {knob.default})".replace("%", "%%"),
-                default=None,
-                **options,
-            )
+            text = f"{comment} (default: {knob.default})".replace("%", "%%")
+            group.add_argument(f"--{knob.name.replace('_', '-')}", help=text, **options)
     typed = vars(parser.parse_args(argv))
     flags = {name: value for name, value in typed.items() if value is not None}
     preset = PRESETS[flags.pop("preset", "deit")]
@@ -233,7 +225,7 @@ def build_configs(values: dict, classes: list[str] | None = None) -> tuple[Train
 
 @dataclass
 class State:
-    """All that changes while training."""
+    """What train_step works on."""
 
     model: VisionTransformer
     forward: nn.Module  # the model as training calls it: wrapped, where processes share the batch
@@ -313,16 +305,8 @@ def build_state(
     if dist.is_initialized():
         # The only buffers are DropPath's constants.
         forward = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    return State(
-        model=model,
-        forward=forward,
-        compiled=compiled,
-        ema=ema,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        dtype=dtype,
-    )
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return State(model, forward, compiled, ema, optimizer, scheduler, scaler, dtype)
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
@@ -471,25 +455,26 @@ def check_out(config: TrainConfig) -> dict | None:
     ValueError where a run would be lost or could not be kept.
     """
     out = config.out
-    last, best = os.path.join(out, "last.pt"), os.path.join(out, "best.pt")
     parent = os.path.abspath(out)
     while not os.path.lexists(parent) and parent != os.path.dirname(parent):
         parent = os.path.dirname(parent)
     if not (os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK)):
         reason = f"{parent} is not a folder that can be written to"
         raise ValueError(f"cannot write to the output folder {out}: {reason}")
-    if config.resume and os.path.exists(last):
-        return evaluate.load_checkpoint(last)
-    if config.resume and os.path.exists(best):
-        # best.pt is written just before last.pt: only a kill between the two, in the first save,
-        # leads here honestly.
-        found = evaluate.load_checkpoint(best)
-        if found["epoch"] > found["train"]["save_every"]:
-            lacks = "best.pt but no last.pt to resume from"
-            raise ValueError(f"{out} holds {lacks}: choose another --out")
-    elif os.path.exists(last) or os.path.exists(best):
+    last, best, metrics = (os.path.join(out, x) for x in ("last.pt", "best.pt", "metrics.json"))
+    found = [path for path in (last, best, metrics) if os.path.exists(path)]
+    if found and not config.resume:
         choices = "continue it with --resume, or choose another --out"
         raise ValueError(f"{out} already holds a run: {choices}")
+    if last in found:
+        return evaluate.load_checkpoint(last)
+    if found == [best]:  # as a kill in the first save may leave it: best.pt is written first
+        checkpoint = evaluate.load_checkpoint(best)
+        if checkpoint["epoch"] <= checkpoint["train"]["save_every"]:
+            return None
+    if found:
+        lacks = f"{os.path.basename(found[0])} but no last.pt to resume from"
+        raise ValueError(f"{out} holds {lacks}: choose another --out")
     return None
 
 
@@ -499,7 +484,8 @@ def resolve(preset: dict, flags: dict) -> tuple[dict, dict | None]:
     On resume the saved recipe wins; ValueError for a flag that contradicts it.
     """
     values = {**preset, **flags}
-    config, _ = build_configs(values)
+    # Nothing else is checked yet: beside the saved recipe a flag may mean more than by itself.
+    config = TrainConfig(**{name: flags[name] for name in SESSION if name in flags})
     checkpoint = check_out(config)
     if checkpoint is None:
         return values, None
@@ -512,7 +498,8 @@ def resolve(preset: dict, flags: dict) -> tuple[dict, dict | None]:
         values.pop("lr")  # scaled to the batch for a new run; this one knows its own
     for name, value in values.items():
         if name in saved and name not in MAY_CHANGE and value != saved[name]:
-            given = f"--{name.replace('_', '-')} {value}"
+            source = "" if name in flags else " of the --preset"
+            given = f"--{name.replace('_', '-')} {value}{source}"
             other = f"the run in {config.out}, which has {saved[name]}"
             raise ValueError(f"{given} contradicts {other}: leave it out")
     free = {name: value for name, value in values.items() if name in (*SESSION, *MAY_CHANGE)}
@@ -691,7 +678,8 @@ def train_epoch(run: Run, epoch: int, announce: bool = False) -> dict:
     mine = slice(run.rank * share, (run.rank + 1) * share)  # every process makes the whole batch
     state.model.train()
     results = []
-    for images, targets in tqdm(batches, f"epoch {epoch}", leave=False, disable=hide_bar(run)):
+    hidden = run.rank > 0 or None  # None: a bar on a terminal only; in a file it would be a flood
+    for images, targets in tqdm(batches, f"epoch {epoch}", leave=False, disable=hidden):
         lr = state.scheduler.get_last_lr()[0]
         results.append(torch.stack(train_step(state, images[mine], targets[mine], config)))
         marks.append(time.perf_counter())
@@ -731,11 +719,6 @@ def pace(marks: list[float], steps: int) -> float:
     """Seconds an epoch will take, from the clock: at its start, augmented, after three steps."""
     began, augmented, first, _, third = marks
     return augmented - began + (third - first) / 2 * steps  # without the first, which warms up
-
-
-def hide_bar(run: Run) -> bool:
-    """A progress bar on a terminal only: in a notebook or a file it would be a flood of lines."""
-    return run.rank != 0 or not sys.stderr.isatty()
 
 
 def validate_epoch(run: Run, row: dict):
@@ -931,6 +914,11 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0:
             evaluate.fail(f"{error}. {saved_in(out)}; continue with: {command(argv, world)}")
         return 2
+    except RuntimeError as error:  # torch has no type of its own for a CPU's
+        if not re.search("out of memory|allocate memory|overflow", str(error), re.IGNORECASE):
+            raise
+        smaller = "a smaller network or --batch-size needs less"
+        return evaluate.fail(f"out of memory: {smaller}. {saved_in(out)}")
     finally:
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
