@@ -178,6 +178,26 @@ SCREEN = (  # what an epoch prints: a name in log.csv, its title, width and form
 COLUMNS = (*(name for name, *_ in SCREEN), "seconds")  # of log.csv
 
 
+def show(seconds: float) -> str:
+    """A duration: 12:34, or 1:02:03 from an hour on."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def header() -> str:
+    return " ".join([*(f"{title:>{width}}" for _, title, width, _ in SCREEN), f"{'left':>8}"])
+
+
+def line(row: dict, left: float) -> str:
+    """One epoch, in the columns of header(); left: seconds to go."""
+    cells = [
+        f"{'' if row[name] is None else format(row[name], form):>{width}}"
+        for name, _, width, form in SCREEN
+    ]
+    return " ".join([*cells, f"{show(left):>8}"])
+
+
 def parse(argv: list[str] | None) -> tuple[dict, dict]:
     """The command line as (what the preset sets, what was typed). ValueError if unknown."""
     parser = evaluate.Parser(description="Train a Vision Transformer from scratch.")
@@ -344,6 +364,17 @@ def epoch_batches(
     return data.train_batches(augmented, labels, config.batch_size, collate, generator)
 
 
+@torch.no_grad()
+def update_ema(state: State, decay: float):
+    """ema <- decay * ema + (1 - decay) * model; in the first steps less, to forget the start."""
+    if state.ema is not None:
+        step = state.scheduler.last_epoch  # optimizer steps taken so far
+        decay = min(decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(
+            list(state.ema.parameters()), list(state.model.parameters()), 1 - decay
+        )
+
+
 def train_step(
     state: State, images: Tensor, targets: Tensor, config: TrainConfig
 ) -> tuple[Tensor, Tensor]:
@@ -370,17 +401,6 @@ def train_step(
         update_ema(state, config.ema_decay)
         state.scheduler.step()
     return loss.detach(), norm
-
-
-@torch.no_grad()
-def update_ema(state: State, decay: float):
-    """ema <- decay * ema + (1 - decay) * model; in the first steps less, to forget the start."""
-    if state.ema is not None:
-        step = state.scheduler.last_epoch  # optimizer steps taken so far
-        decay = min(decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(
-            list(state.ema.parameters()), list(state.model.parameters()), 1 - decay
-        )
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -534,6 +554,75 @@ class Run:
             print(text, flush=True)
 
 
+def restore(run: Run, checkpoint: dict):
+    """Put a run where its checkpoint left it. ValueError if that does not fit the data."""
+    dataset, out = run.dataset, run.config.out
+    data_now = (list(dataset.classes), dataset.mean, dataset.std, len(run.train_set[0]))
+    data_then = tuple(checkpoint[key] for key in ("classes", "mean", "std", "train_images"))
+    if data_now != data_then:
+        other = f"those the run in {out} was trained on"
+        raise ValueError(f"the images of {run.config.data_dir} are not {other}")
+    try:
+        unpack(checkpoint, run.state)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{out}/last.pt does not hold a run's whole state ({error!r})") from None
+    run.epoch, run.best, run.history = (checkpoint[key] for key in ("epoch", "best", "history"))
+
+
+def print_model(config: ViTConfig):
+    """The first line: it comes before the dataset is loaded."""
+    size, token = config.image_size, " + class token" if config.pool == "cls" else ""
+    print(
+        f"model    {size}x{size} pixels, patch {config.patch_size}: {config.num_patches} patches"
+        f"{token} | dim {config.dim}, depth {config.depth}, heads {config.heads} | "
+        f"{config.flops_per_image / 1e6:,.1f} MFLOP an image forward",
+        flush=True,
+    )
+
+
+def validate(run: Run, model: nn.Module, part) -> tuple[float, float]:
+    """Mean loss and accuracy of a model on part = (uint8 (N, 3, H, W), int64 (N,)).
+
+    The images are only normalised.
+    """
+    images, labels = part
+    logits = evaluate.predict(model, images, run.dataset.mean, run.dataset.std, run.state.dtype)
+    correct = (logits.argmax(1) == labels).sum()
+    return nnF.cross_entropy(logits, labels).item(), correct.item() / len(labels)
+
+
+def print_run(run: Run, steps: int):
+    """The rest of the lines before the first epoch."""
+    config, state, dataset, facts = run.config, run.state, run.dataset, run.versions
+    parameters = sum(p.numel() for p in state.model.parameters())
+    K = len(dataset.classes)
+    print(
+        f"data     {config.dataset}: {len(run.train_set[0]):,} training, {len(run.val_set[0]):,} "
+        f"validation, {len(dataset.test_images):,} test images, {K} classes"
+    )
+    print(
+        f"run      {parameters:,} parameters | {config.epochs} epochs, {steps:,} steps of "
+        f"{config.batch_size} images | {config.optimizer}, peak lr {config.lr:g}, weight decay "
+        f"{config.weight_decay:g} | seed {config.seed} | {config.out}/"
+    )
+    compiled = ", compiled" if state.compiled else ""
+    print(
+        f"machine  {run.world} x {facts['device']}, {str(state.dtype)[6:]}{compiled} | torch "
+        f"{facts['torch']}, commit {facts['commit']} | peak {run.peak / 1e12:.2f} TFLOP/s "
+        f"(measured), the 100 % of MFU"
+    )
+    if run.epoch:
+        best = f", best so far {run.best['accuracy']:.2%}" if run.best else ""
+        print(f"resumed  after epoch {run.epoch} of {config.epochs}{best}")
+    else:
+        loss, _ = validate(run, state.model, [part[:1_000] for part in run.val_set])
+        print(
+            f"start    loss {loss:.4f} before training; guessing among {K} classes costs "
+            f"ln({K}) = {math.log(K):.4f}"
+        )
+    print(header(), flush=True)
+
+
 def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     """Everything up to the first step.
 
@@ -591,73 +680,14 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     return run
 
 
-def restore(run: Run, checkpoint: dict):
-    """Put a run where its checkpoint left it. ValueError if that does not fit the data."""
-    dataset, out = run.dataset, run.config.out
-    data_now = (list(dataset.classes), dataset.mean, dataset.std, len(run.train_set[0]))
-    data_then = tuple(checkpoint[key] for key in ("classes", "mean", "std", "train_images"))
-    if data_now != data_then:
-        other = f"those the run in {out} was trained on"
-        raise ValueError(f"the images of {run.config.data_dir} are not {other}")
-    try:
-        unpack(checkpoint, run.state)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{out}/last.pt does not hold a run's whole state ({error!r})") from None
-    run.epoch, run.best, run.history = (checkpoint[key] for key in ("epoch", "best", "history"))
+class Diverged(Exception):
+    """A loss or a gradient that is not a finite number."""
 
 
-def print_model(config: ViTConfig):
-    """The first line: it comes before the dataset is loaded."""
-    size, token = config.image_size, " + class token" if config.pool == "cls" else ""
-    print(
-        f"model    {size}x{size} pixels, patch {config.patch_size}: {config.num_patches} patches"
-        f"{token} | dim {config.dim}, depth {config.depth}, heads {config.heads} | "
-        f"{config.flops_per_image / 1e6:,.1f} MFLOP an image forward",
-        flush=True,
-    )
-
-
-def print_run(run: Run, steps: int):
-    """The rest of the lines before the first epoch."""
-    config, state, dataset, facts = run.config, run.state, run.dataset, run.versions
-    parameters = sum(p.numel() for p in state.model.parameters())
-    K = len(dataset.classes)
-    print(
-        f"data     {config.dataset}: {len(run.train_set[0]):,} training, {len(run.val_set[0]):,} "
-        f"validation, {len(dataset.test_images):,} test images, {K} classes"
-    )
-    print(
-        f"run      {parameters:,} parameters | {config.epochs} epochs, {steps:,} steps of "
-        f"{config.batch_size} images | {config.optimizer}, peak lr {config.lr:g}, weight decay "
-        f"{config.weight_decay:g} | seed {config.seed} | {config.out}/"
-    )
-    compiled = ", compiled" if state.compiled else ""
-    print(
-        f"machine  {run.world} x {facts['device']}, {str(state.dtype)[6:]}{compiled} | torch "
-        f"{facts['torch']}, commit {facts['commit']} | peak {run.peak / 1e12:.2f} TFLOP/s "
-        f"(measured), the 100 % of MFU"
-    )
-    if run.epoch:
-        best = f", best so far {run.best['accuracy']:.2%}" if run.best else ""
-        print(f"resumed  after epoch {run.epoch} of {config.epochs}{best}")
-    else:
-        loss, _ = validate(run, state.model, [part[:1_000] for part in run.val_set])
-        print(
-            f"start    loss {loss:.4f} before training; guessing among {K} classes costs "
-            f"ln({K}) = {math.log(K):.4f}"
-        )
-    print(header(), flush=True)
-
-
-def validate(run: Run, model: nn.Module, part) -> tuple[float, float]:
-    """Mean loss and accuracy of a model on part = (uint8 (N, 3, H, W), int64 (N,)).
-
-    The images are only normalised.
-    """
-    images, labels = part
-    logits = evaluate.predict(model, images, run.dataset.mean, run.dataset.std, run.state.dtype)
-    correct = (logits.argmax(1) == labels).sum()
-    return nnF.cross_entropy(logits, labels).item(), correct.item() / len(labels)
+def pace(marks: list[float], steps: int) -> float:
+    """Seconds an epoch will take, from the clock: at its start, augmented, after three steps."""
+    began, augmented, first, _, third = marks
+    return augmented - began + (third - first) / 2 * steps  # without the first, which warms up
 
 
 def train_epoch(run: Run, epoch: int, announce: bool = False) -> dict:
@@ -715,12 +745,6 @@ def train_epoch(run: Run, epoch: int, announce: bool = False) -> dict:
     }
 
 
-def pace(marks: list[float], steps: int) -> float:
-    """Seconds an epoch will take, from the clock: at its start, augmented, after three steps."""
-    began, augmented, first, _, third = marks
-    return augmented - began + (third - first) / 2 * steps  # without the first, which warms up
-
-
 def validate_epoch(run: Run, row: dict):
     """Fill in the validation's columns of the row, and keep the weights if they are the best."""
     state = run.state
@@ -768,6 +792,49 @@ def save_pause(device: torch.device) -> float:
     return 0.0 if device.type == "cpu" else 10.0
 
 
+def agree(run: Run, decision: bool) -> bool:
+    """Rank 0's decision, on all ranks: their clocks differ."""
+    if run.world == 1:
+        return decision
+    decision = torch.tensor(float(decision), device=run.device)
+    dist.broadcast(decision, src=0)
+    return bool(decision)
+
+
+def saved_in(out: str) -> str:
+    """What is on the disk, read from the disk."""
+    try:
+        last = evaluate.load_checkpoint(os.path.join(out, "last.pt"))
+    except (ValueError, OSError):
+        return "no epoch is saved yet"
+    return f"{out}/last.pt holds epoch {last['epoch']} of {last['train']['epochs']}"
+
+
+def command(argv: list[str] | None, world: int) -> str:
+    """The command that continues this run."""
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
+    program = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
+    return shlex.join([*program, "train.py", *words, "--resume"])
+
+
+def finish(run: Run):
+    """Evaluate the best checkpoint on the test set, once in the life of a run."""
+    out = run.config.out
+    best = evaluate.load_checkpoint(os.path.join(out, "best.pt"))
+    if evaluate.read_metrics(out).get("epoch") == best["epoch"]:
+        run.say(f"the run in {out}/ is complete, and so is its evaluation")
+        return
+    write_log(os.path.join(out, "log.csv"), run.history)  # a kill before it left it a row short
+    chosen = f"best epoch {best['epoch']}, validation accuracy {run.best['accuracy']:.2%}"
+    run.say(f"\n{chosen}; now, once, the test set:")
+    metrics = evaluate.evaluate(best, out, device=str(run.device), dataset=run.dataset)
+    run.say(evaluate.describe(metrics))
+    run.say(
+        f"wrote metrics.json and pictures into {out}/; try python evaluate.py {out}/best.pt "
+        f"--images PICTURE"
+    )
+
+
 def train(run: Run, began: float, argv: list[str] | None):
     """The epochs, and the one look at the test set when they are all done."""
     config, first, longest, out_of_time = run.config, run.epoch + 1, 0.0, False
@@ -798,81 +865,14 @@ def train(run: Run, began: float, argv: list[str] | None):
         finish(run)
 
 
-def agree(run: Run, decision: bool) -> bool:
-    """Rank 0's decision, on all ranks: their clocks differ."""
-    if run.world == 1:
-        return decision
-    decision = torch.tensor(float(decision), device=run.device)
-    dist.broadcast(decision, src=0)
-    return bool(decision)
-
-
-def finish(run: Run):
-    """Evaluate the best checkpoint on the test set, once in the life of a run."""
-    out = run.config.out
-    best = evaluate.load_checkpoint(os.path.join(out, "best.pt"))
-    if evaluate.read_metrics(out).get("epoch") == best["epoch"]:
-        run.say(f"the run in {out}/ is complete, and so is its evaluation")
-        return
-    write_log(os.path.join(out, "log.csv"), run.history)  # a kill before it left it a row short
-    chosen = f"best epoch {best['epoch']}, validation accuracy {run.best['accuracy']:.2%}"
-    run.say(f"\n{chosen}; now, once, the test set:")
-    metrics = evaluate.evaluate(best, out, device=str(run.device), dataset=run.dataset)
-    run.say(evaluate.describe(metrics))
-    run.say(
-        f"wrote metrics.json and pictures into {out}/; try python evaluate.py {out}/best.pt "
-        f"--images PICTURE"
-    )
-
-
 class Stopped(BaseException):
     """Ctrl-C or SIGTERM. A BaseException, so that no `except Exception` on the way swallows it."""
-
-
-class Diverged(Exception):
-    """A loss or a gradient that is not a finite number."""
 
 
 def stop(signum, frame):
     for number in (signal.SIGINT, signal.SIGTERM):  # once is enough: torchrun sends both
         signal.signal(number, signal.SIG_IGN)
     raise Stopped(signum)
-
-
-def saved_in(out: str) -> str:
-    """What is on the disk, read from the disk."""
-    try:
-        last = evaluate.load_checkpoint(os.path.join(out, "last.pt"))
-    except (ValueError, OSError):
-        return "no epoch is saved yet"
-    return f"{out}/last.pt holds epoch {last['epoch']} of {last['train']['epochs']}"
-
-
-def command(argv: list[str] | None, world: int) -> str:
-    """The command that continues this run."""
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-    program = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
-    return shlex.join([*program, "train.py", *words, "--resume"])
-
-
-def show(seconds: float) -> str:
-    """A duration: 12:34, or 1:02:03 from an hour on."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def header() -> str:
-    return " ".join([*(f"{title:>{width}}" for _, title, width, _ in SCREEN), f"{'left':>8}"])
-
-
-def line(row: dict, left: float) -> str:
-    """One epoch, in the columns of header(); left: seconds to go."""
-    cells = [
-        f"{'' if row[name] is None else format(row[name], form):>{width}}"
-        for name, _, width, form in SCREEN
-    ]
-    return " ".join([*cells, f"{show(left):>8}"])
 
 
 def main(argv: list[str] | None = None) -> int:
