@@ -47,6 +47,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import evaluate
@@ -1874,7 +1875,9 @@ def test_the_peak_is_that_of_the_fastest_of_five_products(monkeypatch):
     for dtype, n in ((torch.float32, 1024), (torch.bfloat16, 1024), (torch.float16, 256)):
         ticks = iter([0, 4, 10, 12, 20, 23, 30, 33, 40, 45])
         monkeypatch.setattr(train.time, "perf_counter", lambda ticks=ticks: next(ticks))
-        assert MEASURE_PEAK(torch.device("cpu"), dtype) == 2 * n**3 / 2
+        with FlopCounterMode(display=False) as counter:
+            assert MEASURE_PEAK(torch.device("cpu"), dtype) == 2 * n**3 / 2
+        assert counter.get_total_flops() == 5 * 2 * n**3
 
 
 def test_the_accuracies_in_the_log_are_those_of_clean_images():
