@@ -120,8 +120,10 @@ def load_folder(data_dir: str, image_size: int) -> tuple:
     test_classes, test_files = list_images(os.path.join(data_dir, "test"))
     if classes != test_classes:
         different = ", ".join(sorted(set(classes) ^ set(test_classes)))
-        wanted = "train and test must have the same classes"
-        raise ValueError(f"{data_dir}: {wanted}; in only one of them: {different}")
+        raise ValueError(
+            f"{data_dir}: train and test must have the same classes; "
+            f"in only one of them: {different}"
+        )
 
     files = train_files + test_files
     stats = [(path, label, os.stat(path)) for path, label in files]

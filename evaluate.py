@@ -45,8 +45,9 @@ def load_checkpoint(path: str) -> dict:
     except PermissionError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # zipfile and torch.load raise half a dozen types for broken files
-        what = f"damaged or not a checkpoint of train.py ({type(error).__name__})"
-        raise ValueError(f"{path} is {what}") from None
+        raise ValueError(
+            f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})"
+        ) from None
     if damaged:
         raise ValueError(f"{path} is damaged: wrong checksum in {damaged}")
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
@@ -337,8 +338,9 @@ def evaluate(
     images, labels = dataset.test_images, dataset.test_labels
     if split == "val":  # the same images as in training, or none: others may have been trained on
         if len(dataset.train_images) - recipe["val_size"] != checkpoint["train_images"]:
-            lost = "the validation images are lost among them"
-            raise ValueError(f"the training images have changed since: {lost}")
+            raise ValueError(
+                "the training images have changed since: the validation images are lost among them"
+            )
         _, index = data.split(len(dataset.train_images), recipe["val_size"], recipe["seed"])
         images, labels = dataset.train_images[index], dataset.train_labels[index]
 

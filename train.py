@@ -97,8 +97,10 @@ class TrainConfig:
                 if value is not None and not holds(value):
                     raise ValueError(f"{name} must be {words}, got {value}")
         if self.batch_size == 1 and (self.mixup or self.cutmix) and self.mix_until:
-            instead = "give a larger one, or --mixup 0 --cutmix 0"
-            raise ValueError(f"batch_size 1 leaves nothing to mix with: {instead}")
+            raise ValueError(
+                "batch_size 1 leaves nothing to mix with: "
+                "give a larger one, or --mixup 0 --cutmix 0"
+            )
 
 
 CHOICES = {
@@ -479,13 +481,16 @@ def check_out(config: TrainConfig) -> dict | None:
     while not os.path.lexists(parent) and parent != os.path.dirname(parent):
         parent = os.path.dirname(parent)
     if not (os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK)):
-        reason = f"{parent} is not a folder that can be written to"
-        raise ValueError(f"cannot write to the output folder {out}: {reason}")
+        raise ValueError(
+            f"cannot write to the output folder {out}: "
+            f"{parent} is not a folder that can be written to"
+        )
     last, best, metrics = (os.path.join(out, x) for x in ("last.pt", "best.pt", "metrics.json"))
     found = [path for path in (last, best, metrics) if os.path.exists(path)]
     if found and not config.resume:
-        choices = "continue it with --resume, or choose another --out"
-        raise ValueError(f"{out} already holds a run: {choices}")
+        raise ValueError(
+            f"{out} already holds a run: continue it with --resume, or choose another --out"
+        )
     if last in found:
         return evaluate.load_checkpoint(last)
     if found == [best]:  # as a kill in the first save may leave it: best.pt is written first
@@ -493,8 +498,10 @@ def check_out(config: TrainConfig) -> dict | None:
         if checkpoint["epoch"] <= checkpoint["train"]["save_every"]:
             return None
     if found:
-        lacks = f"{os.path.basename(found[0])} but no last.pt to resume from"
-        raise ValueError(f"{out} holds {lacks}: choose another --out")
+        raise ValueError(
+            f"{out} holds {os.path.basename(found[0])} but no last.pt to resume from: "
+            f"choose another --out"
+        )
     return None
 
 
@@ -519,9 +526,10 @@ def resolve(preset: dict, flags: dict) -> tuple[dict, dict | None]:
     for name, value in values.items():
         if name in saved and name not in MAY_CHANGE and value != saved[name]:
             source = "" if name in flags else " of the --preset"
-            given = f"--{name.replace('_', '-')} {value}{source}"
-            other = f"the run in {config.out}, which has {saved[name]}"
-            raise ValueError(f"{given} contradicts {other}: leave it out")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value}{source} contradicts the run in {config.out}, "
+                f"which has {saved[name]}: leave it out"
+            )
     free = {name: value for name, value in values.items() if name in (*SESSION, *MAY_CHANGE)}
     return {**saved, **free}, checkpoint
 
@@ -560,8 +568,9 @@ def restore(run: Run, checkpoint: dict):
     data_now = (list(dataset.classes), dataset.mean, dataset.std, len(run.train_set[0]))
     data_then = tuple(checkpoint[key] for key in ("classes", "mean", "std", "train_images"))
     if data_now != data_then:
-        other = f"those the run in {out} was trained on"
-        raise ValueError(f"the images of {run.config.data_dir} are not {other}")
+        raise ValueError(
+            f"the images of {run.config.data_dir} are not those the run in {out} was trained on"
+        )
     try:
         unpack(checkpoint, run.state)
     except (KeyError, RuntimeError, ValueError) as error:
@@ -640,8 +649,9 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
             f"minutes with --preset demo, or start it here all the same with --device cpu"
         )
     if config.batch_size % world:
-        parts = f"the {world} processes"
-        raise ValueError(f"batch_size {config.batch_size} is not divisible by {parts}")
+        raise ValueError(
+            f"batch_size {config.batch_size} is not divisible by the {world} processes"
+        )
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
@@ -917,8 +927,9 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:  # torch has no type of its own for a CPU's
         if not re.search("out of memory|allocate memory|overflow", str(error), re.IGNORECASE):
             raise
-        smaller = "a smaller network or --batch-size needs less"
-        return evaluate.fail(f"out of memory: {smaller}. {saved_in(out)}")
+        return evaluate.fail(
+            f"out of memory: a smaller network or --batch-size needs less. {saved_in(out)}"
+        )
     finally:
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
