@@ -304,16 +304,17 @@ def split(n: int, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
 # --- augmentation: uint8 (N, 3, H, W) -> uint8 (N, 3, H, W), every image with draws of its own ----
 
 
-def in_chunks(transform, images: Tensor, draws: Tensor) -> Tensor:
-    """transform(images, draws), a few thousand images at a time. draws: (N, ...), one an image.
+# Values of pixels that one call handles: these stay in a CPU's cache; an accelerator likes few and
+# large calls, and all of CIFAR-10 is one.
+CHUNK_ON_CPU, CHUNK_ON_ACCELERATOR = 2**24, 2**28
 
-    So intermediate results stay in a CPU's cache. An accelerator likes few and large calls: it gets
-    all images at once.
-    """
-    if images.device.type != "cpu":
-        return transform(images, draws)
+
+def in_chunks(transform, images: Tensor, draws: Tensor) -> Tensor:
+    """transform(images, draws), a few thousand images at a time. draws: (N, ...), one an image."""
+    values = CHUNK_ON_CPU if images.device.type == "cpu" else CHUNK_ON_ACCELERATOR
+    count = max(1, values // math.prod(images.shape[1:]))
     out = torch.empty_like(images)
-    for part, *inputs in zip(out.split(4096), images.split(4096), draws.split(4096)):
+    for part, *inputs in zip(out.split(count), images.split(count), draws.split(count)):
         part.copy_(transform(*inputs))
     return out
 

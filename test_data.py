@@ -866,27 +866,36 @@ def test_a_transform_keeps_shape_and_dtype_and_does_not_fear_an_empty_set(name):
 
 
 @every_transform
-def test_an_epoch_does_not_depend_on_how_it_is_cut_into_chunks(name):
-    """4,105 images are two chunks on a CPU; on an accelerator they are one."""
-    images = noise(4105, 8, 9, 0)
+def test_an_epoch_does_not_depend_on_how_it_is_cut_into_chunks(name, monkeypatch):
+    """One chunk of a hundred images, or 34 chunks of three."""
+    images = noise(100, 8, 9, 0)
     expected = TRANSFORMS[name](images, rng(1))
-    with mock.patch.object(data, "in_chunks", lambda transform, x, draws: transform(x, draws)):
-        assert torch.equal(TRANSFORMS[name](images, rng(1)), expected)
+    monkeypatch.setattr(data, "CHUNK_ON_CPU", 3 * images[0].numel())
+    assert torch.equal(TRANSFORMS[name](images, rng(1)), expected)
 
 
-@pytest.mark.parametrize("n", [0, 1, 4095, 4096, 4097, 8200])
-def test_chunks_come_back_in_order_each_with_its_own_draws(n):
+@pytest.mark.parametrize("n", [0, 1, 4, 5, 6, 11])
+def test_chunks_come_back_in_order_each_with_its_own_draws(n, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK_ON_CPU", 5)
     images, draws = torch.arange(n)[:, None] % 100, torch.arange(n)[:, None] % 7
     out = data.in_chunks(lambda x, d: 10 * x + d, images, draws)
     assert torch.equal(out, 10 * images + draws)
 
 
-def test_an_accelerator_gets_one_call_for_all_images():
-    """It likes few and large ones. (torch's meta device has shapes and no numbers.)"""
-    images, draws = torch.empty(9000, 1, device="meta"), torch.arange(9000)
-    transform = mock.Mock()
-    assert data.in_chunks(transform, images, draws) is transform.return_value
-    transform.assert_called_once_with(images, draws)
+@pytest.mark.parametrize(
+    "device, shape, calls",
+    [
+        ("meta", (50_000, 3, 32, 32), [50_000]),  # CIFAR on an accelerator: one call
+        ("meta", (4_000, 3, 224, 224), [1783, 1783, 434]),  # 2^28 bytes each
+        ("meta", (2, 3, 10_000, 10_000), [1, 1]),  # one at least
+        ("cpu", (6_000, 3, 32, 32), [5461, 539]),  # 2^24 bytes each
+    ],
+)
+def test_a_call_gets_as_many_images_as_its_device_handles_well(device, shape, calls):
+    """Few and large ones on an accelerator. (torch's meta device has shapes and no numbers.)"""
+    images, seen = torch.empty(shape, dtype=torch.uint8, device=device), []
+    data.in_chunks(lambda x, d: seen.append(len(x)) or x, images, torch.empty(shape[0]))
+    assert seen == calls
 
 
 @every_random_function
