@@ -2707,7 +2707,7 @@ class PretendedGPU(TorchFunctionMode):
             target = next((x for x in args if isinstance(x, torch.device)), target)
             args = [CPU if x is target else x for x in args]
         source = any(map(is_there, given))
-        goal = torch.device(target) == CUDA if target else source
+        goal = torch.device(target).type == "cuda" if target else source
         may_mix = ("to", "copy_", "__set__", "_has_compatible_shallow_copy_type")
         if name not in may_mix and len({is_there(x) for x in given if x.ndim}) == 2:
             raise RuntimeError(f"{name}: expected all tensors on one device, found cuda and cpu")
@@ -2789,6 +2789,19 @@ def test_a_run_on_a_gpu_mixes_no_devices_and_resumes_to_the_bits_of_a_cpu(gpu, f
         assert len(gpu.waits) > seen  # it was there
     assert difference(outcome("out/last.pt"), outcome("cpu/last.pt")) is None
     assert difference(outcome("stopped/last.pt"), outcome("cpu/last.pt")) is None
+
+
+def test_each_process_takes_the_gpu_of_its_number(gpu, monkeypatch):
+    """Its own, before NCCL starts; else all of them would sit on the first."""
+    calls = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(train.dist, "init_process_group", lambda name, **_: calls.append(name))
+    monkeypatch.setattr(train.dist, "barrier", lambda: None)
+    preset, flags = train.parse([*TINY, "--device", "cuda", "--dtype", "bfloat16"])
+    with gpu:
+        ours = train.prepare(preset, flags, rank=1, world=2)
+    assert calls == [torch.device("cuda", 1), "nccl"] and ours.device == calls[0]
 
 
 def test_an_epoch_on_a_gpu_waits_no_oftener_for_more_steps(gpu):
