@@ -669,6 +669,10 @@ def test_a_channel_of_one_value_is_normalised_to_zero(tmp_path):
     assert x[:, 0].std() > 0.9 and x[:, 1:].abs().max() < 1e-6
 
 
+def test_one_pixel_is_the_smallest_picture():
+    assert data.load("shapes", "", 1).test_images.shape == (2_000, 3, 1, 1)
+
+
 @given(sizes, seeds)
 def test_channel_statistics_are_those_of_all_pixels_together(size, seed):
     """Images of different brightness: the mean of each image's own deviation would be smaller."""
