@@ -22,9 +22,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     x = matrices.mT if is_tall else matrices  # so that x x^T is the smaller of the two squares
     x = x.bfloat16() if x.is_cuda else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # now no singular value is above 1
+    a, b, c = 3.4445, -4.7750, 2.0315
     for _ in range(5):
         square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        both = torch.baddbmm(square, square, square, beta=b, alpha=c)  # b square + c square^2
+        x = torch.baddbmm(x, both, x, beta=a)  # a x + both x
     return (x.mT if is_tall else x).to(matrices.dtype)
 
 
