@@ -2432,7 +2432,7 @@ def test_an_accelerator_that_is_not_there_is_refused(name, monkeypatch, capsys):
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_epoch(monkeypatch, capsys):
     """Not after it, when it is lost. (The tests may run as root, who can write anywhere.)"""
     os.makedirs("out")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK | os.X_OK)
     assert run() == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "cannot write to the output folder out" in line and tree() == {"out": None}
