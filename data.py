@@ -56,6 +56,14 @@ class Dataset:
     mean: tuple[float, float, float]  # of the training images, per channel, in [0, 1]
     std: tuple[float, float, float]
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the training images, their labels and their order: the split depends on all three."""
+        digest = hashlib.sha256()
+        for tensor in (self.train_images, self.train_labels):
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()
+
 
 def load(dataset: str, data_dir: str, image_size: int, download_url: str | None = None) -> Dataset:
     """Read "cifar10", "cifar100" (32x32 only), a "folder" of pictures, or draw "shapes".
@@ -127,7 +135,10 @@ def load_folder(data_dir: str, image_size: int) -> tuple:
 
     files = train_files + test_files
     stats = [(path, label, os.stat(path)) for path, label in files]
-    stamps = [(path, label, stat.st_size, stat.st_mtime_ns) for path, label, stat in stats]
+    stamps = [  # relative names, so that the folder may be moved
+        (os.path.relpath(path, data_dir), label, stat.st_size, stat.st_mtime_ns)
+        for path, label, stat in stats
+    ]
     key = hashlib.sha256(repr((classes, stamps)).encode()).hexdigest()
     cache = os.path.join(data_dir, f".cache-{image_size}.pt")
     try:
@@ -168,6 +179,7 @@ def list_images(root: str) -> tuple[list[str], list[tuple[str, int]]]:
         raise FileNotFoundError(f"no folder {root}: {expected}")
     folders = [entry.name for entry in os.scandir(root) if entry.is_dir()]
     classes = sorted(name for name in folders if not name.startswith("."))
+    "".join(classes).encode()  # a ValueError for a name that is no text and could not be printed
     if not classes:
         raise FileNotFoundError(f"no class folders in {root}: {expected}")
     numbers = {name: i for i, name in enumerate(classes)}

@@ -26,7 +26,7 @@ from torch import Tensor
 import data
 from vit import VisionTransformer, ViTConfig
 
-FORMAT = "vit-cifar10 checkpoint 1"  # train.py writes this line into its checkpoints
+FORMAT = "vit-cifar10 checkpoint 2"  # train.py writes this line into its checkpoints
 
 
 def load_checkpoint(path: str) -> dict:
@@ -54,7 +54,7 @@ def load_checkpoint(path: str) -> dict:
         raise ValueError(f"{path} is not a checkpoint of train.py, or one of another version")
     try:
         build_model(checkpoint)
-        missing = {"train", "classes", "mean", "std", "epoch"} - set(checkpoint)
+        missing = {"train", "classes", "mean", "std", "fingerprint", "epoch"} - set(checkpoint)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         missing = [type(error).__name__]
     if missing:
@@ -199,7 +199,8 @@ def plot_confusion_matrix(path: str, metrics: dict, title: str):
     confusion, classes = torch.tensor(metrics["confusion_matrix"]), metrics["classes"]  # (K, K)
     K = len(classes)
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    figure, [[axis]] = new_figure(figsize=(2.5 + 0.45 * K, 2 + 0.45 * K))
+    side = min(0.45 * K, 45)  # inches, for 100 names to be read; more would take gigabytes
+    figure, [[axis]] = new_figure(figsize=(2.5 + side, 2 + side))
     picture = axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.set_xticks(range(K), classes, rotation=45, ha="right")
     axis.set_yticks(range(K), classes)
@@ -220,7 +221,10 @@ def read_log(path: str) -> list[dict]:
     """The rows of log.csv, as dictionaries of floats; an empty cell is None."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{key: float(text) if text else None for key, text in row.items()} for row in rows]
+    try:
+        return [{key: float(text) if text else None for key, text in row.items()} for row in rows]
+    except (TypeError, ValueError):
+        raise ValueError(f"{path} is not a log of train.py any more: delete it") from None
 
 
 def plot_curves(path: str, history: list[dict], title: str):
@@ -337,7 +341,7 @@ def evaluate(
         raise ValueError(f"the checkpoint knows the classes {known}; the data have {found}")
     images, labels = dataset.test_images, dataset.test_labels
     if split == "val":  # the same images as in training, or none: others may have been trained on
-        if len(dataset.train_images) - recipe["val_size"] != checkpoint["train_images"]:
+        if dataset.fingerprint != checkpoint["fingerprint"]:
             raise ValueError(
                 "the training images have changed since: the validation images are lost among them"
             )
@@ -346,7 +350,10 @@ def evaluate(
 
     model = build_model(checkpoint).to(pick_device(device))
     logits = predict(model, images, mean, std).cpu()
-    metrics = {"split": split, "epoch": checkpoint["epoch"], **measure(logits, labels, classes)}
+    log = log or os.path.join(out, "log.csv")
+    history = read_log(log) if os.path.exists(log) else []
+    metrics = {"split": split, "epoch": checkpoint["epoch"], "epochs_trained": len(history)}
+    metrics |= measure(logits, labels, classes)
 
     os.makedirs(out, exist_ok=True)
     suffix = "" if split == "test" else f"_{split}"
@@ -358,15 +365,17 @@ def evaluate(
     def path(name):
         return os.path.join(out, name)
 
-    plot_confusion_matrix(path(f"confusion_matrix{suffix}.png"), metrics, title)
-    # Eight from all over the set: a folder is sorted by class, and the shapes come in turn.
-    some = images[torch.linspace(0, len(images) - 1, 8).long().unique()]
-    plot_attention(path(f"attention{suffix}.png"), model, some, mean, std, title)
-    plot_mistakes(path(f"mistakes{suffix}.png"), images, labels, logits, classes, title)
-    plot_positions(path("positions.png"), model, name)
-    log = log or path("log.csv")
-    if os.path.exists(log):
-        plot_curves(path("curves.png"), read_log(log), name)
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):  # a class may be called $x^$
+        plot_confusion_matrix(path(f"confusion_matrix{suffix}.png"), metrics, title)
+        # Eight from all over the set: a folder is sorted by class, and the shapes come in turn.
+        some = images[torch.linspace(0, len(images) - 1, 8).long().unique()]
+        plot_attention(path(f"attention{suffix}.png"), model, some, mean, std, title)
+        plot_mistakes(path(f"mistakes{suffix}.png"), images, labels, logits, classes, title)
+        plot_positions(path("positions.png"), model, name)
+        if history:
+            plot_curves(path("curves.png"), history, name)
     text = json.dumps(metrics, indent=1)  # last, so that where it is, everything is
     data.save_atomically(text, path(f"metrics{suffix}.json"), write=data.write_text)
     return metrics

@@ -19,6 +19,7 @@ letters are those of data.py.
 """
 
 import ast
+import dataclasses
 import errno
 import hashlib
 import io
@@ -511,6 +512,24 @@ def test_the_cache_is_made_anew_when_a_file_changes(change, tmp_path):
     assert decoded(tmp_path) == []
 
 
+def test_a_folder_is_decoded_once_by_whatever_path(tmp_path, monkeypatch):
+    """Relative, absolute, and moved."""
+    make_folder(tmp_path / "pets")
+    monkeypatch.chdir(tmp_path)
+    assert [len(decoded(root)) for root in ("pets", "./pets/", tmp_path / "pets")] == [8, 0, 0]
+    os.rename("pets", "animals")
+    assert decoded("animals") == []
+
+
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
+    """Bytes of an old zip, say: it could be trained on, and not be printed or drawn."""
+    make_folder(tmp_path)
+    for part in ("train", "test"):
+        os.rename(tmp_path / part / "cat", os.fsencode(tmp_path / part) + b"/caf\xe9")
+    with pytest.raises(ValueError, match="surrogates"):
+        load_folder(tmp_path)
+
+
 def test_every_image_size_has_a_cache_of_its_own(tmp_path):
     """Going back to 6 pixels after a run at 9 decodes nothing."""
     make_folder(tmp_path)
@@ -655,6 +674,19 @@ def statistics(images):
     """The definition, in float64: mean and deviation of all pixels of a channel together."""
     pixels = images.permute(1, 0, 2, 3).flatten(1).numpy().astype(np.float64) / 255
     return pixels.mean(axis=1), pixels.std(axis=1)
+
+
+def test_the_fingerprint_is_of_pixels_labels_and_their_order():
+    """The split is one of places: with other pictures there, validation images are trained on."""
+    base = data.load("shapes", "", 1)
+    images, labels = base.train_images.clone(), base.train_labels.clone()
+    same = dataclasses.replace(base, train_images=images, train_labels=labels)
+    assert base.fingerprint == same.fingerprint and len(base.fingerprint) == 64
+    images[7, 1, 0, 0] ^= 1
+    assert same.fingerprint != base.fingerprint
+    labels[7] += 1
+    for changed in ({"train_labels": labels}, {"train_images": base.train_images.flip(0)}):
+        assert dataclasses.replace(base, **changed).fingerprint != base.fingerprint
 
 
 def test_a_channel_of_one_value_is_normalised_to_zero(tmp_path):

@@ -80,7 +80,7 @@ TINY = """--dataset shapes --device cpu --image-size 8 --patch-size 4 --dim 8 --
 FULL = """--epochs 4 --dtype float16 --dropout 0.1 --attn-dropout 0.1 --drop-path 0.3
     --ema-decay 0.9 --grad-clip 1 --label-smoothing 0.1 --mixup 0.8 --cutmix 1""".split()
 PLOTS = {name: f for name, f in vars(evaluate).items() if name.startswith("plot_")}
-VERSIONS, MEASURE_PEAK = train.versions, train.measure_peak
+VERSIONS, MEASURE_PEAK, PACK = train.versions, train.measure_peak, train.pack
 WALL_CLOCK = ("images_per_second", "mfu", "seconds")  # what may differ between two equal runs
 
 
@@ -1532,6 +1532,83 @@ def test_looking_at_the_test_set_halfway_does_not_replace_the_last_look(left):
     assert Path("out/metrics.json").read_text() == final
 
 
+def test_looking_at_the_test_set_on_the_way_does_not_replace_the_last_look(monkeypatch, capsys):
+    """Even if the epoch that was looked at stays the best: its curves ended there."""
+    script(monkeypatch, [0.9, 0.8])
+    assert run("--max-minutes", 1e-9) == 0
+    assert evaluate.main(["out/best.pt", "--device", "cpu"]) == 0
+    assert json.loads(Path("out/metrics.json").read_text())["epochs_trained"] == 1
+    for told in ("now, once, the test set", "complete, and so is its evaluation"):
+        capsys.readouterr()
+        assert run("--resume") == 0
+        assert told in capsys.readouterr().out
+
+
+def emptied(best):
+    best.write_bytes(b"")
+
+
+def deleted(best):
+    best.unlink()
+
+
+def of_another_seed(best):
+    assert run("--seed", 1, out="other") == 0
+    shutil.copy("other/best.pt", best)
+
+
+def of_another_epoch(best):
+    """Of the same recipe, and of an accuracy this run never saw."""
+    checkpoint = torch.load(best, weights_only=True)
+    checkpoint["best"]["accuracy"] += 0.1
+    torch.save(checkpoint, best)
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+@pytest.mark.parametrize("spoil", [emptied, deleted, of_another_seed, of_another_epoch])
+def test_a_best_that_is_not_of_the_run_is_refused_at_once(spoil, is_finished, capsys):
+    """Not after the last epoch, and not evaluated in place of the run's own."""
+    assert run(*([] if is_finished else ["--max-minutes", 1e-9])) == 0
+    Path("out/metrics.json").unlink(missing_ok=True)
+    spoil(Path("out/best.pt"))
+    before = tree()
+    capsys.readouterr()
+    assert run("--resume") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "best.pt" in line and tree() == before
+
+
+def test_a_best_that_is_ahead_of_the_last_is_the_best(monkeypatch, capsys):
+    """A kill came between the two, and on a GPU the repeated epoch may turn out worse."""
+    script(monkeypatch, [0.5, 0.6, 0.1])
+    assert run("--epochs", 3, "--max-minutes", 1e-9) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_log", kill)
+        patch.setattr(train, "pack", lambda state, **facts: kill() if facts else PACK(state))
+        with pytest.raises(Kill):
+            run("--epochs", 3, "--resume")
+    assert torch.load("out/last.pt", weights_only=True)["epoch"] == 1
+    script(monkeypatch, [0.5, 0.45, 0.1])
+    assert run("--epochs", 3, "--resume") == 0
+    assert "best epoch 2, validation accuracy 60.00%" in capsys.readouterr().out
+    for name in ("best", "last"):
+        best = torch.load(f"out/{name}.pt", weights_only=True)["best"]
+        assert best == {"epoch": 2, "accuracy": 0.6}
+
+
+def test_a_best_alone_starts_its_own_run_again_and_no_other(capsys):
+    """As a kill in the first save leaves it."""
+    assert run("--epochs", 1, "--seed", 5) == 0
+    for name in ("last.pt", "metrics.json", "log.csv"):
+        os.remove(f"out/{name}")
+    before = Path("out/best.pt").read_bytes()
+    assert run("--resume", "--epochs", 1, "--seed", 9) == 2
+    assert "--seed 9 contradicts the run in out" in capsys.readouterr().err
+    assert Path("out/best.pt").read_bytes() == before
+    assert train.main(["--resume"]) == 0
+    assert torch.load("out/last.pt", weights_only=True)["train"]["seed"] == 5
+
+
 def test_metrics_are_written_last_so_that_a_kill_repeats_the_evaluation(monkeypatch):
     def kill(*_):
         raise Kill
@@ -1553,7 +1630,7 @@ def test_each_process_draws_dropout_masks_of_its_own(monkeypatch):
     device = torch.device("cpu")
     for rank in range(8):
         for epoch in range(1, 4):
-            r = train.Run(config, ViTConfig(), DATASET, device, rank, 8, (), (), state)
+            r = train.Run(config, ViTConfig(), DATASET, device, rank, 8, (), (), state, "")
             with pytest.raises(RuntimeError):  # no batches, no losses
                 train.train_epoch(r, epoch)
     assert len(seeds) == 8 * 3
@@ -1659,8 +1736,10 @@ def test_what_belongs_to_the_sitting_may_change_on_resume(plain, monkeypatch):
         replace(DATASET, std=(0.2, 0.25, 0.31)),
         replace(DATASET, classes=["cat", "dog", "elk"]),
         make_dataset(("cat", "dog", "eel", "fox")),
+        replace(DATASET, train_images=DATASET.train_images.flip(0)),
+        replace(DATASET, train_labels=DATASET.train_labels.flip(0)),
     ],
-    ids=["images", "mean", "std", "names", "classes"],
+    ids=["images", "mean", "std", "names", "classes", "order", "labels"],
 )
 def test_resume_refuses_data_that_are_not_those_of_the_run(changed, monkeypatch, capsys):
     """With other pictures, the split would leak validation images into training."""
@@ -1685,7 +1764,8 @@ def test_resume_refuses_a_recipe_with_a_field_it_does_not_know(plain, capsys):
 
 
 @pytest.mark.parametrize(
-    "left", [["last.pt"], ["best.pt"], ["metrics.json"], ["last.pt", "best.pt", "log.csv"]]
+    "left",
+    [["last.pt"], ["best.pt"], ["metrics.json"], ["log.csv"], ["last.pt", "best.pt", "log.csv"]],
 )
 def test_an_existing_run_is_never_overwritten_unasked(left, plain, capsys):
     """A second start into the same folder names the two ways on.
@@ -1745,7 +1825,8 @@ def test_a_run_killed_before_its_evaluation_is_evaluated_on_resume(plain, monkey
 def continuing(line):
     """The command in "continue with: ...", as arguments of main()."""
     words = shlex.split(line.removeprefix("continue with: "))
-    assert words[:2] == ["python", "train.py"] and words.count("--resume") == 1
+    assert words[0] == "python" and words[1].endswith("train.py")
+    assert words.count("--resume") == 1
     return words[2:]
 
 
@@ -1769,6 +1850,26 @@ def test_max_minutes_ends_at_an_epoch_boundary_before_the_time_is_up(minutes, mo
     assert [row["seconds"] for row in read_csv()] == ["10.0"] * 5
     assert train.main([*continuing(second), "--max-minutes", "60"]) == 0
     assert len(read_csv()) == 8
+
+
+def test_max_minutes_counts_the_saves_too(monkeypatch):
+    """Epochs of 10 s and saves of 7 s by a false clock: two are done after 34 s, the third would be
+    at 51 s, and a fourth at 68 s."""
+    clock, saves = {"now": 1000.0}, []
+
+    def pass_by(seconds, real):
+        def call(*args, **kwargs):
+            clock["now"] += seconds
+            return real(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(train, "train_epoch", pass_by(10, train.train_epoch))
+    monkeypatch.setattr(train, "save", pass_by(7, lambda run: saves.append(clock["now"])))
+    false = SimpleNamespace(monotonic=lambda: clock["now"], perf_counter=time.perf_counter)
+    monkeypatch.setattr(train, "time", false)
+    assert run("--epochs", 8, "--max-minutes", 1) == 0
+    assert saves == [1017, 1034, 1051]
 
 
 def test_a_run_whose_time_is_out_with_its_last_epoch_is_complete(capsys):
@@ -2118,11 +2219,28 @@ def make_checkpoint(classes, **network):
     return {**facts, **statistics, "model": model.state_dict(), "ema": None}
 
 
+def test_the_confusion_matrix_of_a_thousand_classes_is_a_picture_of_five_thousand_pixels():
+    """At half an inch a class it would take gigabytes, after the last epoch."""
+    names, zeros = [str(i) for i in range(1000)], torch.zeros(1000, 1000, dtype=torch.int64)
+    metrics = {"confusion_matrix": zeros.tolist(), "classes": names, "accuracy": 0.0}
+    PLOTS["plot_confusion_matrix"]("big.png", metrics, "")
+    with Image.open("big.png") as image:
+        assert 2_000 < max(image.size) < 6_000
+
+
+def test_a_log_that_was_edited_is_named():
+    """A spreadsheet saves it with semicolons, or with cells too many."""
+    for text in ("epoch;lr\n1;0.1\n", "epoch,lr\n1,0.1,5\n"):
+        Path("log.csv").write_text(text)
+        with pytest.raises(ValueError, match="log.csv is not a log of train.py"):
+            evaluate.read_log("log.csv")
+
+
 @pytest.mark.parametrize("K, pool", [(2, "cls"), (30, "mean")])
 def test_evaluation_writes_metrics_and_pictures_for_any_number_of_classes(K, pool, monkeypatch):
     for name, plot in PLOTS.items():
         monkeypatch.setattr(evaluate, name, plot)
-    classes = [f"a class with a long name {i}" for i in range(K)]
+    classes = [f"a class with a long name {i} $^$" for i in range(K)]  # no formula
     os.makedirs("out")
     Path("out/log.csv").write_text(
         ",".join(COLUMNS) + "\n1,0.1,2.5,2.4,0.1,,0.2,1.0,0,10.0,0.1,3.0\n"

@@ -485,8 +485,9 @@ def check_out(config: TrainConfig) -> dict | None:
             f"cannot write to the output folder {out}: "
             f"{parent} is not a folder that can be written to"
         )
-    last, best, metrics = (os.path.join(out, x) for x in ("last.pt", "best.pt", "metrics.json"))
-    found = [path for path in (last, best, metrics) if os.path.exists(path)]
+    names = ("last.pt", "best.pt", "metrics.json", "log.csv")
+    last, best, *rest = (os.path.join(out, name) for name in names)
+    found = [path for path in (last, best, *rest) if os.path.exists(path)]
     if found and not config.resume:
         raise ValueError(
             f"{out} already holds a run: continue it with --resume, or choose another --out"
@@ -496,7 +497,7 @@ def check_out(config: TrainConfig) -> dict | None:
     if found == [best]:  # as a kill in the first save may leave it: best.pt is written first
         checkpoint = evaluate.load_checkpoint(best)
         if checkpoint["epoch"] <= checkpoint["train"]["save_every"]:
-            return None
+            return {**checkpoint, "epoch": 0}  # the run starts again, with its recipe
     if found:
         raise ValueError(
             f"{out} holds {os.path.basename(found[0])} but no last.pt to resume from: "
@@ -531,7 +532,7 @@ def resolve(preset: dict, flags: dict) -> tuple[dict, dict | None]:
                 f"which has {saved[name]}: leave it out"
             )
     free = {name: value for name, value in values.items() if name in (*SESSION, *MAY_CHANGE)}
-    return {**saved, **free}, checkpoint
+    return {**saved, **free}, checkpoint if checkpoint["epoch"] else None
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -550,6 +551,7 @@ class Run:
     train_set: tuple[Tensor, Tensor]  # uint8 images (N, 3, H, W), int64 labels (N,), on the device
     val_set: tuple[Tensor, Tensor]  # the same of the validation images
     state: State
+    fingerprint: str  # of the dataset, see data.Dataset
     epoch: int = 0  # epochs that are done
     best: dict | None = None  # {"epoch", "accuracy"} of the best validation so far
     best_weights: dict | None = None  # its weights, until the next save writes them into best.pt
@@ -562,11 +564,17 @@ class Run:
             print(text, flush=True)
 
 
+def identity(checkpoint: dict) -> tuple:
+    """What all checkpoints of a run have in common."""
+    recipe = {k: v for k, v in checkpoint["train"].items() if k not in MAY_CHANGE}
+    return recipe, checkpoint["vit"], checkpoint["fingerprint"]
+
+
 def restore(run: Run, checkpoint: dict):
     """Put a run where its checkpoint left it. ValueError if that does not fit the data."""
     dataset, out = run.dataset, run.config.out
-    data_now = (list(dataset.classes), dataset.mean, dataset.std, len(run.train_set[0]))
-    data_then = tuple(checkpoint[key] for key in ("classes", "mean", "std", "train_images"))
+    data_now = (list(dataset.classes), dataset.mean, dataset.std, run.fingerprint)
+    data_then = tuple(checkpoint[key] for key in ("classes", "mean", "std", "fingerprint"))
     if data_now != data_then:
         raise ValueError(
             f"the images of {run.config.data_dir} are not those the run in {out} was trained on"
@@ -576,6 +584,13 @@ def restore(run: Run, checkpoint: dict):
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{out}/last.pt does not hold a run's whole state ({error!r})") from None
     run.epoch, run.best, run.history = (checkpoint[key] for key in ("epoch", "best", "history"))
+    if run.best:
+        best = evaluate.load_checkpoint(os.path.join(out, "best.pt"))
+        # It is written before last.pt, so a kill between the two leaves it an epoch ahead.
+        if best["epoch"] > run.epoch:
+            run.best = best["best"]
+        if best["best"] != run.best or identity(best) != identity(checkpoint):
+            raise ValueError(f"{out}/best.pt is not of the run in {out}/last.pt")
 
 
 def print_model(config: ViTConfig):
@@ -680,7 +695,8 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     )
     steps = n // config.batch_size * config.epochs
     state = build_state(config, vit_config, steps, device)
-    run = Run(config, vit_config, dataset, device, rank, world, train_set, val_set, state)
+    marks = (train_set, val_set, state, dataset.fingerprint)
+    run = Run(config, vit_config, dataset, device, rank, world, *marks)
     if checkpoint:
         restore(run, checkpoint)
     if rank == 0:
@@ -782,7 +798,7 @@ def save(run: Run):
         "classes": list(run.dataset.classes),
         "mean": run.dataset.mean,
         "std": run.dataset.std,
-        "train_images": len(run.train_set[0]),
+        "fingerprint": run.fingerprint,
         "versions": run.versions,
     }
     if run.best_weights:
@@ -822,16 +838,19 @@ def saved_in(out: str) -> str:
 
 def command(argv: list[str] | None, world: int) -> str:
     """The command that continues this run."""
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
+    script, *words = sys.argv if argv is None else ["train.py", *argv]
+    words = [word for word in words if word != "--resume"]
     program = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
-    return shlex.join([*program, "train.py", *words, "--resume"])
+    return shlex.join([*program, script, *words, "--resume"])
 
 
 def finish(run: Run):
     """Evaluate the best checkpoint on the test set, once in the life of a run."""
     out = run.config.out
     best = evaluate.load_checkpoint(os.path.join(out, "best.pt"))
-    if evaluate.read_metrics(out).get("epoch") == best["epoch"]:
+    metrics = evaluate.read_metrics(out)
+    looked_at = metrics.get("epoch"), metrics.get("epochs_trained")
+    if looked_at == (best["epoch"], run.config.epochs):  # and not on the way here
         run.say(f"the run in {out}/ is complete, and so is its evaluation")
         return
     write_log(os.path.join(out, "log.csv"), run.history)  # a kill before it left it a row short
@@ -847,7 +866,8 @@ def finish(run: Run):
 
 def train(run: Run, began: float, argv: list[str] | None):
     """The epochs, and the one look at the test set when they are all done."""
-    config, first, longest, out_of_time = run.config, run.epoch + 1, 0.0, False
+    config, first, out_of_time = run.config, run.epoch + 1, False
+    longest, longest_save = 0.0, 0.0  # seconds, and a tenth to spare, since they vary
     saved, pause = -math.inf, save_pause(run.device)
     for epoch in range(first, config.epochs + 1):
         epoch_began = time.monotonic()
@@ -856,16 +876,19 @@ def train(run: Run, began: float, argv: list[str] | None):
         if final or epoch % config.eval_every == 0:
             validate_epoch(run, row)
         row["seconds"] = time.monotonic() - epoch_began
-        longest = max(longest, 1.1 * row["seconds"])  # epochs vary; a tenth to spare
-        if config.max_minutes:
-            over = time.monotonic() - began + longest > 60 * config.max_minutes
+        longest = max(longest, 1.1 * row["seconds"])
+        if config.max_minutes:  # is there time for this save, another epoch, and its save?
+            needed = longest_save + longest + longest_save
+            over = time.monotonic() - began + needed > 60 * config.max_minutes
             out_of_time = agree(run, over)
         run.epoch = epoch
         run.history.append(row)
         due = epoch % config.save_every == 0 and time.monotonic() - saved >= pause
         if run.rank == 0 and (final or out_of_time or due):
+            save_began = time.monotonic()
             save(run)
             saved = time.monotonic()
+            longest_save = max(longest_save, 1.1 * (saved - save_began))
         run.say(line(row, row["seconds"] * (config.epochs - epoch)))
         if out_of_time and not final:
             run.say(f"out of time: {saved_in(config.out)}")
