@@ -1596,6 +1596,14 @@ def test_a_best_that_is_ahead_of_the_last_is_the_best(monkeypatch, capsys):
         assert best == {"epoch": 2, "accuracy": 0.6}
 
 
+def test_a_best_of_an_earlier_sitting_is_of_the_run(monkeypatch):
+    """Though it was saved before the data were moved and --save-every was changed."""
+    script(monkeypatch, [0.9, 0.8, 0.7])
+    for flags in ([], ["--resume", "--save-every", 2], ["--resume", "--save-every", 1]):
+        assert run("--epochs", 3, "--max-minutes", 1e-9, *flags) == 0
+    assert [row["epoch"] for row in read_csv()] == ["1", "2", "3"]
+
+
 def test_a_best_alone_starts_its_own_run_again_and_no_other(capsys):
     """As a kill in the first save leaves it."""
     assert run("--epochs", 1, "--seed", 5) == 0
@@ -1853,8 +1861,8 @@ def test_max_minutes_ends_at_an_epoch_boundary_before_the_time_is_up(minutes, mo
 
 
 def test_max_minutes_counts_the_saves_too(monkeypatch):
-    """Epochs of 10 s and saves of 7 s by a false clock: two are done after 34 s, the third would be
-    at 51 s, and a fourth at 68 s."""
+    """Epochs of 10 s and saves of 6 s by a false clock: three are done after 48 s, and a fourth
+    would be after 64 s."""
     clock, saves = {"now": 1000.0}, []
 
     def pass_by(seconds, real):
@@ -1865,11 +1873,11 @@ def test_max_minutes_counts_the_saves_too(monkeypatch):
         return call
 
     monkeypatch.setattr(train, "train_epoch", pass_by(10, train.train_epoch))
-    monkeypatch.setattr(train, "save", pass_by(7, lambda run: saves.append(clock["now"])))
+    monkeypatch.setattr(train, "save", pass_by(6, lambda run: saves.append(clock["now"])))
     false = SimpleNamespace(monotonic=lambda: clock["now"], perf_counter=time.perf_counter)
     monkeypatch.setattr(train, "time", false)
     assert run("--epochs", 8, "--max-minutes", 1) == 0
-    assert saves == [1017, 1034, 1051]
+    assert saves == [1016, 1032, 1048]
 
 
 def test_a_run_whose_time_is_out_with_its_last_epoch_is_complete(capsys):
@@ -2341,6 +2349,15 @@ def test_of_many_classes_the_three_likeliest_are_named_and_of_two_both():
         assert line.count("%") == count
 
 
+def test_the_validation_split_of_changed_pictures_is_refused(plain):
+    """The same number of them in another order: most of the split was trained on."""
+    best = evaluate.load_checkpoint(str(plain / "best.pt"))
+    changed = replace(DATASET, train_images=DATASET.train_images.flip(0))
+    with pytest.raises(ValueError, match="the validation images are lost among them"):
+        evaluate.evaluate(best, "out", "val", device="cpu", dataset=changed)
+    assert evaluate.evaluate(best, "out", "val", device="cpu", dataset=DATASET)["images"] == 20
+
+
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_the_validation_split_gives_again_the_accuracy_in_the_log(ema, monkeypatch, capsys):
     """Of the chosen epoch, from the checkpoint alone: 20 images, counted exactly."""
@@ -2665,6 +2682,7 @@ def test_signals_end_a_real_process_with_two_lines_and_their_exit_code(folder, c
         out, err = process.communicate(timeout=60)
         *_, first, second = out.splitlines()
         assert process.returncode == numbers[number] and not err
+        assert str(HERE / "train.py") in second  # it is called from another folder
         told = rf"stopped by {number.name}: out {number:d}/last.pt holds epoch (\d+) of 100000"
         epoch = int(re.fullmatch(told, first)[1])  # log.csv may be one row behind it, until then
         assert train.main([*continuing(second), "--max-minutes", "1e-9"]) == 0
