@@ -2769,7 +2769,7 @@ def test_two_processes_are_out_of_time_together(folder):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert (
-        "continue with: torchrun --nproc_per_node=2 train.py" in out
+        f"continue with: torchrun --nproc_per_node=2 {HERE / 'train.py'}" in out
         and len(read_csv("two/log.csv")) == 1
     )
     assert train.main([*flags, "--out", "one"]) == 0
