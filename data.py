@@ -26,6 +26,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class Dataset:
     mean: tuple[float, float, float]  # of the training images, per channel, in [0, 1]
     std: tuple[float, float, float]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of the training images, their labels and their order: the split depends on all three."""
         digest = hashlib.sha256()

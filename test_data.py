@@ -679,14 +679,15 @@ def statistics(images):
 def test_the_fingerprint_is_of_pixels_labels_and_their_order():
     """The split is one of places: with other pictures there, validation images are trained on."""
     base = data.load("shapes", "", 1)
-    images, labels = base.train_images.clone(), base.train_labels.clone()
-    same = dataclasses.replace(base, train_images=images, train_labels=labels)
+    images, labels = base.train_images, base.train_labels
+    same = dataclasses.replace(base, train_images=images.clone(), train_labels=labels.clone())
     assert base.fingerprint == same.fingerprint and len(base.fingerprint) == 64
-    images[7, 1, 0, 0] ^= 1
-    assert same.fingerprint != base.fingerprint
-    labels[7] += 1
-    for changed in ({"train_labels": labels}, {"train_images": base.train_images.flip(0)}):
-        assert dataclasses.replace(base, **changed).fingerprint != base.fingerprint
+    one_pixel, one_label = images.clone(), labels.clone()
+    one_pixel[7, 1, 0, 0] ^= 1
+    one_label[7] += 1
+    for changed in (one_pixel, images.flip(0)):
+        assert dataclasses.replace(base, train_images=changed).fingerprint != base.fingerprint
+    assert dataclasses.replace(base, train_labels=one_label).fingerprint != base.fingerprint
 
 
 def test_a_channel_of_one_value_is_normalised_to_zero(tmp_path):

@@ -1638,7 +1638,7 @@ def test_each_process_draws_dropout_masks_of_its_own(monkeypatch):
     device = torch.device("cpu")
     for rank in range(8):
         for epoch in range(1, 4):
-            r = train.Run(config, ViTConfig(), DATASET, device, rank, 8, (), (), state, "")
+            r = train.Run(config, ViTConfig(), DATASET, device, rank, 8, (), (), state)
             with pytest.raises(RuntimeError):  # no batches, no losses
                 train.train_epoch(r, epoch)
     assert len(seeds) == 8 * 3

@@ -551,7 +551,6 @@ class Run:
     train_set: tuple[Tensor, Tensor]  # uint8 images (N, 3, H, W), int64 labels (N,), on the device
     val_set: tuple[Tensor, Tensor]  # the same of the validation images
     state: State
-    fingerprint: str  # of the dataset, see data.Dataset
     epoch: int = 0  # epochs that are done
     best: dict | None = None  # {"epoch", "accuracy"} of the best validation so far
     best_weights: dict | None = None  # its weights, until the next save writes them into best.pt
@@ -573,7 +572,7 @@ def identity(checkpoint: dict) -> tuple:
 def restore(run: Run, checkpoint: dict):
     """Put a run where its checkpoint left it. ValueError if that does not fit the data."""
     dataset, out = run.dataset, run.config.out
-    data_now = (list(dataset.classes), dataset.mean, dataset.std, run.fingerprint)
+    data_now = (list(dataset.classes), dataset.mean, dataset.std, dataset.fingerprint)
     data_then = tuple(checkpoint[key] for key in ("classes", "mean", "std", "fingerprint"))
     if data_now != data_then:
         raise ValueError(
@@ -695,8 +694,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     )
     steps = n // config.batch_size * config.epochs
     state = build_state(config, vit_config, steps, device)
-    marks = (train_set, val_set, state, dataset.fingerprint)
-    run = Run(config, vit_config, dataset, device, rank, world, *marks)
+    run = Run(config, vit_config, dataset, device, rank, world, train_set, val_set, state)
     if checkpoint:
         restore(run, checkpoint)
     if rank == 0:
@@ -798,7 +796,7 @@ def save(run: Run):
         "classes": list(run.dataset.classes),
         "mean": run.dataset.mean,
         "std": run.dataset.std,
-        "fingerprint": run.fingerprint,
+        "fingerprint": run.dataset.fingerprint,
         "versions": run.versions,
     }
     if run.best_weights:
