@@ -1548,10 +1548,6 @@ def emptied(best):
     best.write_bytes(b"")
 
 
-def deleted(best):
-    best.unlink()
-
-
 def of_another_seed(best):
     assert run("--seed", 1, out="other") == 0
     shutil.copy("other/best.pt", best)
@@ -1565,7 +1561,7 @@ def of_another_epoch(best):
 
 
 @pytest.mark.parametrize("is_finished", [False, True])
-@pytest.mark.parametrize("spoil", [emptied, deleted, of_another_seed, of_another_epoch])
+@pytest.mark.parametrize("spoil", [emptied, of_another_seed, of_another_epoch])
 def test_a_best_that_is_not_of_the_run_is_refused_at_once(spoil, is_finished, capsys):
     """Not after the last epoch, and not evaluated in place of the run's own."""
     assert run(*([] if is_finished else ["--max-minutes", 1e-9])) == 0
@@ -1576,6 +1572,20 @@ def test_a_best_that_is_not_of_the_run_is_refused_at_once(spoil, is_finished, ca
     assert run("--resume") == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "best.pt" in line and tree() == before
+
+
+def test_a_best_that_is_gone_costs_no_more_than_the_best_so_far(monkeypatch, capsys):
+    """The run goes on, and chooses among what is left; when nothing is left, it says so."""
+    script(monkeypatch, [0.9, 0.5, 0.6])
+    assert run("--epochs", 3, "--max-minutes", 1e-9) == 0
+    os.remove("out/best.pt")
+    assert run("--epochs", 3, "--resume") == 0
+    told = capsys.readouterr().out
+    assert "warning: out/best.pt is gone" in told and "best epoch 3, validation accuracy" in told
+    os.remove("out/best.pt")
+    assert run("--epochs", 3, "--resume") == 2
+    told = capsys.readouterr()
+    assert told.err == "error: no checkpoint at out/best.pt\n" and "warning" not in told.out
 
 
 def test_a_best_that_is_ahead_of_the_last_is_the_best(monkeypatch, capsys):

@@ -583,8 +583,12 @@ def restore(run: Run, checkpoint: dict):
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{out}/last.pt does not hold a run's whole state ({error!r})") from None
     run.epoch, run.best, run.history = (checkpoint[key] for key in ("epoch", "best", "history"))
+    path = os.path.join(out, "best.pt")
+    if run.best and not os.path.exists(path) and run.epoch < run.config.epochs:
+        run.say(f"warning: {path} is gone; the best of the epochs to come takes its place")
+        run.best = None
     if run.best:
-        best = evaluate.load_checkpoint(os.path.join(out, "best.pt"))
+        best = evaluate.load_checkpoint(path)
         # It is written before last.pt, so a kill between the two leaves it an epoch ahead.
         if best["epoch"] > run.epoch:
             run.best = best["best"]
