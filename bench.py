@@ -281,21 +281,6 @@ def bench_epoch(batch: int, device, half: torch.dtype):
         print(f"  and {share:.1%} of the memory bandwidth, at {BYTES_PER_IMAGE / 1e6} MB an image")
 
 
-def bench_overhead(device):
-    """(h) What a step costs beside its arithmetic: twelve blocks with next to nothing in them."""
-    images = torch.randn(2, 3, 32, 32, device=device)
-    targets = torch.full((2, 10), 0.1, device=device)
-    variants = {}
-    for preset in ("deit", "strong"):
-        config, vit_config = train.build_configs({**train.PRESETS[preset], "device": str(device)})
-        small = replace(vit_config, patch_size=16, dim=24)
-        state = train.build_state(config, small, 10_000, device)
-        state.model.train()
-        step = partial(train.train_step, state, images, targets, config)
-        variants[f"`{preset}`: 2 images, depth 12, width 24, 4 patches"] = (step, 1)
-    compare("(h) Python and launches: a step with hardly any arithmetic", variants, "ms", device)
-
-
 def bench_scaling(batch: int, device, dtype):
     """(g) How the cost of a step grows."""
     base = ViTConfig(dropout=0.0, depth=4)
@@ -319,6 +304,21 @@ def bench_scaling(batch: int, device, dtype):
         call = partial(data.augment, images[:n], "pad", 2, 9, 1.0, None, generator)
         variants[f"{n:,} images in one call"] = (call, n)
     compare("(g) growth of the augmentation's cost", variants, "us/image", device)
+
+
+def bench_overhead(device):
+    """(h) What a step costs beside its arithmetic: twelve blocks with next to nothing in them."""
+    images = torch.randn(2, 3, 32, 32, device=device)
+    targets = torch.full((2, 10), 0.1, device=device)
+    variants = {}
+    for preset in ("deit", "strong"):
+        config, vit_config = train.build_configs({**train.PRESETS[preset], "device": str(device)})
+        small = replace(vit_config, patch_size=16, dim=24)
+        state = train.build_state(config, small, 10_000, device)
+        state.model.train()
+        step = partial(train.train_step, state, images, targets, config)
+        variants[f"`{preset}`: 2 images, depth 12, width 24, 4 patches"] = (step, 1)
+    compare("(h) Python and launches: a step with hardly any arithmetic", variants, "ms", device)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -486,22 +486,20 @@ def check_out(config: TrainConfig) -> dict | None:
             f"{parent} is not a folder that can be written to"
         )
     names = ("last.pt", "best.pt", "metrics.json", "log.csv")
-    last, best, *rest = (os.path.join(out, name) for name in names)
-    found = [path for path in (last, best, *rest) if os.path.exists(path)]
+    found = [name for name in names if os.path.exists(os.path.join(out, name))]
     if found and not config.resume:
         raise ValueError(
             f"{out} already holds a run: continue it with --resume, or choose another --out"
         )
-    if last in found:
-        return evaluate.load_checkpoint(last)
-    if found == [best]:  # as a kill in the first save may leave it: best.pt is written first
-        checkpoint = evaluate.load_checkpoint(best)
+    if "last.pt" in found:
+        return evaluate.load_checkpoint(os.path.join(out, "last.pt"))
+    if found == ["best.pt"]:  # as a kill in the first save may leave it: it is written first
+        checkpoint = evaluate.load_checkpoint(os.path.join(out, "best.pt"))
         if checkpoint["epoch"] <= checkpoint["train"]["save_every"]:
             return {**checkpoint, "epoch": 0}  # the run starts again, with its recipe
     if found:
         raise ValueError(
-            f"{out} holds {os.path.basename(found[0])} but no last.pt to resume from: "
-            f"choose another --out"
+            f"{out} holds {found[0]} but no last.pt to resume from: choose another --out"
         )
     return None
 
@@ -850,9 +848,8 @@ def finish(run: Run):
     """Evaluate the best checkpoint on the test set, once in the life of a run."""
     out = run.config.out
     best = evaluate.load_checkpoint(os.path.join(out, "best.pt"))
-    metrics = evaluate.read_metrics(out)
-    looked_at = metrics.get("epoch"), metrics.get("epochs_trained")
-    if looked_at == (best["epoch"], run.config.epochs):  # and not on the way here
+    seen = evaluate.read_metrics(out)  # a look on the way here is not the last one
+    if (seen.get("epoch"), seen.get("epochs_trained")) == (best["epoch"], run.config.epochs):
         run.say(f"the run in {out}/ is complete, and so is its evaluation")
         return
     write_log(os.path.join(out, "log.csv"), run.history)  # a kill before it left it a row short
