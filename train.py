@@ -285,7 +285,7 @@ def parameter_groups(model: VisionTransformer, weight_decay: float) -> list[dict
     """
     groups, rest = {}, []
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or name in ("cls_token", "pos_embed"):
+        if parameter.ndim < 2 or name in ("cls_token", "pos_embed") or name.endswith("bias_table"):
             rest.append(parameter)
         else:  # blocks.3.attn.qkv.weight joins the other blocks' attn.qkv.weight
             kind = re.sub(r"^blocks\.\d+\.", "blocks.", name)

@@ -46,6 +46,7 @@ class ViTConfig:
     attn_dropout: float = 0.0  # on the attention weights
     drop_path: float = 0.0  # chance to skip a branch of the last block; rises linearly from 0
     pool: str = "cls"  # what the head reads: "cls" (the class token) or "mean" (the average token)
+    relative_position_bias: bool = False  # add a learned number a head and displacement to scores
 
     def __post_init__(self):
         for name in "image_size patch_size in_channels num_classes dim depth heads".split():
@@ -123,16 +124,37 @@ class PatchEmbedding(nn.Module):
         return x.flatten(2).transpose(1, 2)  # (B, P, D)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Scaled dot-product attention: softmax(q k^T / sqrt(d)) v (Vaswani 2017, eq. 1).
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scaled dot-product attention: softmax(q k^T / sqrt(d) + bias) v (Vaswani 2017, eq. 1).
 
-    q, k, v: (..., N, d). Returns the output (..., N, d) and the weights (..., N, N): row i says how
-    much token i reads from each token, and sums to 1. Dropout silences single weights on their way
-    to v. The scale keeps the scores' variance at 1 whatever the width d of a head.
+    q, k, v: (..., N, d). bias: (..., N, N) or None. Returns the output
+    (..., N, d) and the weights (..., N, N): row i says how much token i reads from each token, and
+    sums to 1. Dropout silences single weights on their way to v. The scale keeps the scores'
+    variance at 1 whatever the width d of a head.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (..., N, N)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
     weights = scores.softmax(dim=-1)
     return F.dropout(weights, dropout) @ v, weights
+
+
+def start_like_convolution(side: int, heads: int) -> Tensor:
+    """The relative position bias before training: float32 ((2 side - 1)^2, heads).
+
+    Row r is one displacement (rows down, columns right) from query to key, in reading order. Head j
+    prefers one displacement of its own, and others the less the farther they are from it: the first
+    nine heads see the 3x3 neighbourhood, as a convolution does (Cordonnier 2020, eq. 10), and are
+    free to unlearn it. -1 x squared distance, not below -4.
+    """
+    steps = torch.arange(1 - side, side)
+    displacements = torch.cartesian_prod(steps, steps)  # ((2 side - 1)^2, 2)
+    nearest_first = displacements[displacements.square().sum(1).argsort(stable=True)]
+    own = nearest_first[torch.arange(heads) % len(nearest_first)]  # (heads, 2): here, above, ...
+    distance = (displacements[:, None] - own).square().sum(2)  # ((2 side - 1)^2, heads)
+    return -distance.clamp(max=4).float()
 
 
 class MultiHeadAttention(nn.Module):
@@ -151,6 +173,15 @@ class MultiHeadAttention(nn.Module):
         self.heads, self.dropout = config.heads, config.attn_dropout
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.proj = nn.Linear(config.dim, config.dim)
+        self.relative_position_bias_table = None
+        if config.relative_position_bias:
+            side = config.image_size // config.patch_size
+            self.has_token = config.pool == "cls"
+            self.relative_position_bias_table = nn.Parameter(torch.empty((2 * side - 1) ** 2, self.heads))
+            place = torch.cartesian_prod(torch.arange(side), torch.arange(side))  # (P, 2)
+            displacement = place[None, :] - place[:, None] + side - 1  # key minus query, from 0
+            index = displacement[..., 0] * (2 * side - 1) + displacement[..., 1]  # (P, P)
+            self.register_buffer("relative_position_index", index, persistent=False)
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project x and split it into queries, keys and values of every head, each (B, h, N, d)."""
@@ -158,15 +189,25 @@ class MultiHeadAttention(nn.Module):
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (3, B, h, N, d)
 
+    def bias(self) -> Tensor | None:
+        """(h, N, N): what is added to the scores, by displacement. The class token has no place."""
+        if self.relative_position_bias_table is None:
+            return None
+        bias = self.relative_position_bias_table[self.relative_position_index]  # (P, P, h)
+        bias = bias.permute(2, 0, 1)  # (h, P, P)
+        return F.pad(bias, (1, 0, 1, 0)) if self.has_token else bias  # (h, N, N)
+
     def forward(self, x: Tensor) -> Tensor:
         expect(x, "B", "N", self.proj.in_features)
         q, k, v = self.split(x)  # (B, h, N, d) each
+        bias = self.bias()
         dropout = self.dropout if self.training else 0.0
         fused = x.device.type != "cpu" if self.fused is None else self.fused
         if fused:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+            bias = bias if bias is None else bias.to(q.dtype)
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         else:
-            x, _ = attention(q, k, v, dropout)
+            x, _ = attention(q, k, v, dropout, bias)
         return self.proj(x.transpose(1, 2).flatten(2))  # the heads side by side: (B, N, D)
 
 
@@ -257,6 +298,9 @@ class VisionTransformer(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
+            elif name.endswith("relative_position_bias_table"):
+                side = self.config.image_size // self.config.patch_size
+                parameter.copy_(start_like_convolution(side, self.config.heads))
             elif "norm" in name:
                 nn.init.ones_(parameter)
             else:
@@ -289,7 +333,8 @@ class VisionTransformer(nn.Module):
         """
         x, maps = self.embed(images), []
         for block in self.blocks:
-            _, weights = attention(*block.attn.split(block.norm1(x)))  # (B, h, N, N)
+            q, k, v = block.attn.split(block.norm1(x))
+            _, weights = attention(q, k, v, bias=block.attn.bias())  # (B, h, N, N)
             maps.append(weights)
             x = block(x)
         return torch.stack(maps)
