@@ -1,4 +1,4 @@
-"""How the tests run: on one thread, with 25 fixed examples a property.
+"""How the tests run: on one thread, with 25 fixed examples a property, each in a folder of its own.
 
 `pytest -m slow` runs the long versions;
 HYPOTHESIS_PROFILE=search draws 500 random examples instead.
@@ -7,6 +7,7 @@ HYPOTHESIS_PROFILE=search draws 500 random examples instead.
 import os
 
 import hypothesis
+import pytest
 import torch
 
 hypothesis.settings.register_profile("fixed", deadline=None, max_examples=25, derandomize=True)
@@ -21,3 +22,35 @@ def pytest_configure(config):
     # torchvision's way of unpacking a tarball, on Python 3.12 and 3.13
     config.addinivalue_line("filterwarnings", "ignore:Python 3.14 will:DeprecationWarning")
     config.option.markexpr = config.option.markexpr or "not slow"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The test has a folder of its own, and leaves no global switch behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with torch.random.fork_rng(devices=[]):
+        yield tmp_path
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """For a module: see testing.tiny_world."""
+    from testing import tiny_world
+
+    with tiny_world():
+        yield
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """The folder of a finished tiny run, not to be written to."""
+    from testing import run, tiny_world
+
+    out = tmp_path_factory.mktemp("plain") / "out"
+    with tiny_world():
+        assert run(out=out) == 0
+    return out

@@ -56,6 +56,8 @@ class Dataset:
     test_labels: Tensor
     mean: tuple[float, float, float]  # of the training images, per channel, in [0, 1]
     std: tuple[float, float, float]
+    val_images: Tensor | None = None
+    val_labels: Tensor | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -66,7 +68,7 @@ class Dataset:
         return digest.hexdigest()
 
 
-def load(dataset: str, data_dir: str, image_size: int, download_url: str | None = None) -> Dataset:
+def load(dataset: str, data_dir: str, image_size: int, download_url: str | None = None, only_test=False) -> Dataset:
     """Read "cifar10", "cifar100" (32x32 only), a "folder" of pictures, or draw "shapes".
 
     A folder holds data_dir/train/<class>/* and data_dir/test/<class>/*. download_url is a mirror of
@@ -302,11 +304,12 @@ def channel_statistics(images: Tensor) -> tuple[tuple, tuple]:
     return tuple(mean), tuple(std)
 
 
-def split(n: int, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
+def split(labels, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the training and of the validation images: disjoint, complete, shuffled by seed.
 
     ValueError unless 1 <= val_size < n.
     """
+    n = len(labels)
     if not 1 <= val_size < n:
         limits = f"between 1 and {n - 1} for {n} training images"
         raise ValueError(f"val_size must be {limits}, got {val_size}")
@@ -690,3 +693,5 @@ def main(argv: list[str] | None = None):
 
 if __name__ == "__main__":
     main()
+
+def is_picture(p): return p.endswith(('.png','.jpg'))

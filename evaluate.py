@@ -1,72 +1,31 @@
 """
-Reads checkpoints, and alone does so: metrics, pictures, and the classes of your own images.
+Reads a result: metrics, pictures, and the classes of your own images.
 
-    python evaluate.py out/best.pt                     the test set: numbers here, and pictures and
-                                                       metrics.json beside the checkpoint
-    python evaluate.py out/best.pt --split val         the images the checkpoint was chosen on
-    python evaluate.py out/best.pt --images cat.jpg    what is in this picture, and how sure is it
+    python evaluate.py out                      the test set: numbers here, and metrics.json and
+                                                pictures beside the checkpoint
+    python evaluate.py out --split val          the images the checkpoint was chosen on
+    python evaluate.py out --images cat.jpg     what is in this picture, and how sure is it
 
 A checkpoint holds all that is needed (both configs, class names, normalisation), so there are no
-model flags.
+model flags. From Python, predict does the same for paths or pixels.
 
 Axes:  B images   h heads   N tokens   P patches   K classes
 """
 
 import argparse
-import csv
 import json
 import os
 import sys
-import zipfile
+import warnings
 
 import torch
-import torch.nn.functional as nnF
+import torch.nn.functional as F
 from torch import Tensor
 
 import data
+import log
+from checkpoint import build_model, load_checkpoint, write_atomically
 from vit import VisionTransformer, ViTConfig
-
-FORMAT = "vit-cifar10 checkpoint 2"  # train.py writes this line into its checkpoints
-
-
-def load_checkpoint(path: str) -> dict:
-    """Read a checkpoint of train.py: plain data only, with every tensor on the CPU.
-
-    Raises FileNotFoundError, or ValueError for a file that is damaged (every stored byte is checked
-    against its CRC, which torch.load does not do) or foreign. Code hidden in a file is never run:
-    weights_only.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except Exception as error:  # zipfile and torch.load raise half a dozen types for broken files
-        raise ValueError(
-            f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})"
-        ) from None
-    if damaged:
-        raise ValueError(f"{path} is damaged: wrong checksum in {damaged}")
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of train.py, or one of another version")
-    try:
-        build_model(checkpoint)
-        missing = {"train", "classes", "mean", "std", "fingerprint", "epoch"} - set(checkpoint)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        missing = [type(error).__name__]
-    if missing:
-        raise ValueError(f"{path} does not hold a whole model and its data ({', '.join(missing)})")
-    return checkpoint
-
-
-def build_model(checkpoint: dict) -> VisionTransformer:
-    """The trained model in eval mode: with the averaged weights (EMA) where the run kept them."""
-    model = VisionTransformer(ViTConfig(**checkpoint["vit"]))
-    model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
-    return model.eval()
 
 
 def pick_device(name: str) -> torch.device:
@@ -90,8 +49,15 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def images_per_call(config: ViTConfig) -> int:
+    """How many images the model is given at once: as many as half a gigabyte of floats allows."""
+    tokens = config.num_tokens * (6 * config.dim + 2 * config.mlp_dim)
+    scores = 3 * config.heads * config.num_tokens**2
+    return min(1_000, max(1, 2**27 // (tokens + scores)))
+
+
 @torch.no_grad()
-def predict(
+def compute_logits(
     model, images: Tensor, mean: tuple, std: tuple, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Logits, float32 (B, K), of uint8 images (B, 3, H, W): each once, in order, only normalised.
@@ -103,12 +69,25 @@ def predict(
     was_training = model.training
     model.eval()
     logits = []
-    for batch in images.split(1_000):
+    for batch in images.split(images_per_call(model.config)):
         x = data.normalize(batch.to(device), mean, std)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits.append(model(x).float())
     model.train(was_training)
     return torch.cat(logits)
+
+
+def predict(checkpoint: dict, images: Tensor | list[str], device: str = "auto") -> Tensor:
+    """Probabilities, float32 (B, K), of uint8 images (B, 3, H, W) or of picture files.
+
+    checkpoint: of load_checkpoint; checkpoint["classes"] names the K columns. ValueError, with the
+    path, for a file that is not a whole picture.
+    """
+    if not isinstance(images, Tensor):
+        size = checkpoint["vit"]["image_size"]
+        images = torch.stack([data.open_image(path, size) for path in images])
+    model = build_model(checkpoint).to(pick_device(device))
+    return compute_logits(model, images, checkpoint["mean"], checkpoint["std"]).softmax(1).cpu()
 
 
 def measure(logits: Tensor, labels: Tensor, classes: list[str]) -> dict:
@@ -129,7 +108,7 @@ def measure(logits: Tensor, labels: Tensor, classes: list[str]) -> dict:
     gaps = torch.zeros(15, dtype=torch.double).index_add(0, bins, confidence - correct)
     return {
         "accuracy": correct.mean().item(),
-        "loss": nnF.cross_entropy(logits.cpu().double(), labels).item(),
+        "loss": F.cross_entropy(logits.cpu().double(), labels).item(),
         "ece": (gaps.abs().sum() / len(labels)).item(),
         "images": len(labels),
         "classes": list(classes),
@@ -179,12 +158,37 @@ def attention_rollout(maps: Tensor) -> Tensor:
 # --- pictures -------------------------------------------------------------------------------------
 
 
+def draw(plot, path: str, *arguments):
+    """plot(path, *arguments), whatever Matplotlib's environment. A failure costs a warning line."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may name a package that is not installed here
+    try:
+        import matplotlib
+        from matplotlib import font_manager
+
+        wanted = ("DejaVu Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "Noto Sans")
+        installed = {font.name for font in font_manager.fontManager.ttflist}
+        with matplotlib.rc_context(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # a box in its place says enough
+            matplotlib.rcdefaults()
+            matplotlib.rcParams["text.parse_math"] = False  # a class may be called $x^$
+            matplotlib.rcParams["font.family"] = [name for name in wanted if name in installed]
+            plot(path, *arguments)
+    except Exception as error:  # nothing that goes wrong here is worth losing a run for
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"warning: could not draw {path} ({reason})", file=sys.stderr)
+
+
 def new_figure(rows: int = 1, columns: int = 1, **options):
     """A matplotlib figure and its axes, (rows, columns): no window system, no global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(layout="constrained", **options)
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def short(name: str, width: int = 24) -> str:
+    """A class name that fits beside a picture."""
+    return name if len(name) <= width else name[: width - 1] + "…"
 
 
 def show_image(axis, image: Tensor, title: str = ""):
@@ -217,16 +221,6 @@ def plot_confusion_matrix(path: str, metrics: dict, title: str):
     figure.savefig(path, dpi=110)
 
 
-def read_log(path: str) -> list[dict]:
-    """The rows of log.csv, as dictionaries of floats; an empty cell is None."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    try:
-        return [{key: float(text) if text else None for key, text in row.items()} for row in rows]
-    except (TypeError, ValueError):
-        raise ValueError(f"{path} is not a log of train.py any more: delete it") from None
-
-
 def plot_curves(path: str, history: list[dict], title: str):
     """Loss, accuracy and learning rate by epoch."""
     figure, [axes] = new_figure(1, 3, figsize=(13, 4))
@@ -252,23 +246,40 @@ def plot_curves(path: str, history: list[dict], title: str):
     figure.savefig(path, dpi=110)
 
 
-def plot_attention(path: str, model, images: Tensor, mean: tuple, std: tuple, title: str):
-    """Where the answer comes from: rollout over up to eight uint8 images (B, 3, H, W)."""
-    images = images[:8].cpu()
+def plot_attention(
+    path: str, model, images: Tensor, labels: Tensor, classes: list, mean: tuple, std: tuple, title
+):
+    """Where the answer comes from: rollout over up to eight uint8 images (B, 3, H, W).
+
+    In each picture from its least to its most: the shares themselves differ by a few percent.
+    """
+    images, labels, heats, titles = images[:8].cpu(), labels[:8].tolist(), [], []
     device = next(model.parameters()).device
-    # (depth, B, h, N, N)
-    maps = model.attention_maps(data.normalize(images.to(device), mean, std))
-    rollout = attention_rollout(maps)  # (B, N, N)
-    flow = rollout[:, 0, 1:] if model.config.pool == "cls" else rollout.mean(1)  # (B, P)
     side = model.config.image_size // model.config.patch_size
-    flow = flow.view(-1, 1, side, side)
-    flow = flow / flow.amax(dim=(2, 3), keepdim=True)
-    flow = nnF.interpolate(flow, size=images.shape[-2:], mode="bilinear").cpu()
-    figure, axes = new_figure(2, len(images), figsize=(1.5 * len(images), 3.6))
-    for column, image, heat in zip(axes.T, images, flow):
-        show_image(column[0], image)
-        show_image(column[1], (image * (0.15 + 0.85 * heat)).to(torch.uint8))
-    figure.suptitle(f"{title}: attention rollout, bright where the answer comes from")
+    for image, label in zip(images, labels):  # one by one: all maps of many tokens are gigabytes
+        x = data.normalize(image[None].to(device), mean, std)
+        rollout = attention_rollout(model.attention_maps(x))[0]  # (N, N)
+        flow = rollout[0, 1:] if model.config.pool == "cls" else rollout.mean(0)  # (P,)
+        flow = (flow - flow.min()) / (flow.max() - flow.min()).clamp(min=1e-12)
+        heats.append(flow.view(side, side).cpu())
+        with torch.no_grad():
+            confidence, answer = model(x)[0].softmax(0).max(0)
+        verdict = f"{short(classes[answer], 18)} {confidence:.0%}"
+        titles.append(f"{short(classes[label], 18)}\ntaken for {verdict}")
+    figure, axes = new_figure(2, len(images), figsize=(1.5 * len(images) + 0.6, 4.1))
+    for column, image, heat, text in zip(axes.T, images, heats, titles):
+        show_image(column[0], image, text)
+        grey = image.float().mean(0)  # (H, W)
+        column[1].imshow(grey, cmap="gray", vmin=0, vmax=255)
+        H, W = grey.shape
+        extent = (-0.5, W - 0.5, H - 0.5, -0.5)
+        overlay = column[1].imshow(
+            heat, cmap="inferno", vmin=0, vmax=1, alpha=0.6, extent=extent, interpolation="bilinear"
+        )
+        column[1].axis("off")
+    bar = figure.colorbar(overlay, ax=axes[1], ticks=[0, 1], shrink=0.8)
+    bar.ax.set_yticklabels(["least", "most"])
+    figure.suptitle(f"{title}: attention rollout, where the answer comes from")
     figure.savefig(path, dpi=110)
 
 
@@ -302,7 +313,7 @@ def plot_positions(path: str, model: VisionTransformer, title: str):
     figure, axes = new_figure(len(shown), len(shown), figsize=(size + 1.5, size + 0.8))
     for row, line in zip(shown, axes):
         for column, axis in zip(shown, line):
-            similarity = nnF.cosine_similarity(table[row * side + column], table, dim=-1)  # (P,)
+            similarity = F.cosine_similarity(table[row * side + column], table, dim=-1)  # (P,)
             grid = similarity.view(side, side).numpy()
             picture = axis.imshow(grid, vmin=-1, vmax=1, cmap="RdBu_r")
             axis.set_xticks([])
@@ -323,19 +334,25 @@ def evaluate(
     data_dir: str | None = None,
     device: str = "auto",
     dataset: data.Dataset | None = None,
-    log: str | None = None,
+    history: list[dict] = (),
 ) -> dict:
-    """Evaluate on split "test" or "val": write metrics.json and pictures, return the metrics.
+    """Evaluate on split "test" or "val": print the metrics, write metrics.json, draw pictures.
 
-    dataset: a data.Dataset that is loaded already; otherwise the one the checkpoint was trained on
-    is loaded. log: the run's log.csv, for the curves; by default the one in out. The files of the
-    validation split are called *_val, but for curves and positions. ValueError if the data do not
-    fit the checkpoint.
+    In this order, so that no picture can cost a number. dataset: one that is loaded already; else
+    the one the checkpoint was trained on is loaded. history: the rows of its log.csv, for the
+    curves. The files of the validation split are called *_val, but for curves and positions.
+    ValueError if the data do not fit the checkpoint. Returns the metrics.
     """
+    # the images
     recipe, classes, mean, std = (checkpoint[key] for key in ("train", "classes", "mean", "std"))
-    data_dir, image_size = data_dir or recipe["data_dir"], checkpoint["vit"]["image_size"]
+    data_dir = data_dir or recipe["data_dir"]
     if dataset is None:
-        dataset = data.load(recipe["dataset"], data_dir, image_size, recipe["download_url"])
+        size, url = checkpoint["vit"]["image_size"], recipe["download_url"]
+        try:
+            only_test = split == "test"
+            dataset = data.load(recipe["dataset"], data_dir, size, url, only_test=only_test)
+        except FileNotFoundError as error:
+            raise ValueError(f"{error} (where else they lie, --data-dir says)") from None
     if list(dataset.classes) != list(classes):
         known, found = ", ".join(classes), ", ".join(dataset.classes)
         raise ValueError(f"the checkpoint knows the classes {known}; the data have {found}")
@@ -345,107 +362,125 @@ def evaluate(
             raise ValueError(
                 "the training images have changed since: the validation images are lost among them"
             )
-        _, index = data.split(len(dataset.train_images), recipe["val_size"], recipe["seed"])
-        images, labels = dataset.train_images[index], dataset.train_labels[index]
+        images, labels = dataset.val_images, dataset.val_labels
+        if images is None:
+            _, index = data.split(dataset.train_labels, recipe["val_size"], recipe["seed"])
+            images, labels = dataset.train_images[index], dataset.train_labels[index]
 
+    # the numbers
     model = build_model(checkpoint).to(pick_device(device))
-    logits = predict(model, images, mean, std).cpu()
-    log = log or os.path.join(out, "log.csv")
-    history = read_log(log) if os.path.exists(log) else []
+    logits = compute_logits(model, images, mean, std).cpu()
     metrics = {"split": split, "epoch": checkpoint["epoch"], "epochs_trained": len(history)}
     metrics |= measure(logits, labels, classes)
-
+    print(describe(metrics), flush=True)
     os.makedirs(out, exist_ok=True)
     suffix = "" if split == "test" else f"_{split}"
+    path = os.path.join(out, f"metrics{suffix}.json")
+    write_atomically(path, json.dumps(metrics, indent=1).encode())
+
+    # the pictures
     name = recipe["dataset"]
     if name == "folder":
         name = os.path.basename(os.path.abspath(data_dir))
     title = f"{name}, {split} images"
+    some = torch.linspace(0, len(images) - 1, 8).long().unique()  # from all over the set
+    shown = (images[some], labels[some], classes, mean, std)
 
-    def path(name):
-        return os.path.join(out, name)
+    def picture(plot, file: str, *arguments):
+        draw(plot, os.path.join(out, file), *arguments)
 
-    import matplotlib
-
-    with matplotlib.rc_context({"text.parse_math": False}):  # a class may be called $x^$
-        plot_confusion_matrix(path(f"confusion_matrix{suffix}.png"), metrics, title)
-        # Eight from all over the set: a folder is sorted by class, and the shapes come in turn.
-        some = images[torch.linspace(0, len(images) - 1, 8).long().unique()]
-        plot_attention(path(f"attention{suffix}.png"), model, some, mean, std, title)
-        plot_mistakes(path(f"mistakes{suffix}.png"), images, labels, logits, classes, title)
-        plot_positions(path("positions.png"), model, name)
-        if history:
-            plot_curves(path("curves.png"), history, name)
-    text = json.dumps(metrics, indent=1)  # last, so that where it is, everything is
-    data.save_atomically(text, path(f"metrics{suffix}.json"), write=data.write_text)
+    picture(plot_confusion_matrix, f"confusion_matrix{suffix}.png", metrics, title)
+    picture(plot_attention, f"attention{suffix}.png", model, *shown, title)
+    picture(plot_mistakes, f"mistakes{suffix}.png", images, labels, logits, classes, title)
+    picture(plot_positions, "positions.png", model, name)
+    if history:
+        picture(plot_curves, "curves.png", history, name)
     return metrics
 
 
 def read_metrics(out: str) -> dict:
     """The metrics.json of a folder; {} where there is none, or none that can be read."""
     try:
-        with open(os.path.join(out, "metrics.json")) as file:
+        with open(os.path.join(out, "metrics.json"), encoding="utf-8") as file:
             metrics = json.load(file)
     except (OSError, ValueError):
         return {}
     return metrics if isinstance(metrics, dict) else {}
 
 
-def classify(checkpoint: dict, paths: list[str], device: str = "auto") -> list[str]:
-    """One line for each picture: the three likeliest classes with their probabilities."""
-    images = torch.stack([data.open_image(path, checkpoint["vit"]["image_size"]) for path in paths])
-    model = build_model(checkpoint).to(pick_device(device))
-    probabilities = predict(model, images, checkpoint["mean"], checkpoint["std"]).softmax(1)
-    lines = []
-    for path, row in zip(paths, probabilities):
-        likeliest = row.topk(min(3, len(row)))
-        answers = [f"{checkpoint['classes'][i]} {p:.1%}" for p, i in zip(*likeliest)]
-        lines.append(f"{path}: {', '.join(answers)}")
-    return lines
+def pictures_in(paths: list[str]) -> list[str]:
+    """The files among these, and what lies in the folders among them, in order."""
+    found = []
+    for path in paths:
+        if os.path.isdir(path):
+            files = [os.path.join(top, file) for top, _, names in os.walk(path) for file in names]
+            found += sorted(file for file in files if data.is_picture(file))
+        else:
+            found.append(path)
+    return found
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, and without guessing abbreviated flags."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message):
-        raise ValueError(f"{message} (see --help)")
-
-
-def fail(error: Exception | str) -> int:
-    """Report what the user can mend as one line on stderr; returns the exit code, 2."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    return 2
+def classify(checkpoint: dict, paths: list[str], device: str = "auto") -> int:
+    """Print a line for each picture, with the three likeliest classes. Returns how many failed."""
+    size, failed, images = checkpoint["vit"]["image_size"], 0, {}
+    for path in paths:
+        try:
+            images[path] = data.open_image(path, size)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            failed += 1
+    if images:
+        probabilities = predict(checkpoint, torch.stack(list(images.values())), device)
+        width = max(map(len, images))
+        for path, row in zip(images, probabilities):
+            likeliest = row.topk(min(3, len(row)))
+            answers = (f"{checkpoint['classes'][i]} {p:.1%}" for p, i in zip(*likeliest))
+            print(f"{path:<{width}}  {'  '.join(answers)}")
+    return failed
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description="Evaluate a checkpoint of train.py, or classify pictures with it.")
+    parser = argparse.ArgumentParser(
+        description="Evaluate a checkpoint of train.py, or classify pictures with it.",
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
-    add("checkpoint", help="such as out/best.pt")
+    add("checkpoint", help="a checkpoint, or the folder of a run, whose best.pt is meant")
     add("--split", choices=("test", "val"), default="test", help="which images (default: test)")
-    add("--images", nargs="+", metavar="PICTURE", help="classify these pictures instead")
+    add("--images", nargs="+", metavar="PATH", help="classify these pictures and folders instead")
     add("--data-dir", help="where the dataset lies (default: as in training)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--out", help="folder for metrics and pictures (default: the checkpoint's)")
+    args = parser.parse_args(argv)
+    path = args.checkpoint
+    if os.path.isdir(path):
+        path = os.path.join(path, "best.pt")
+    folder = os.path.dirname(path) or "."
     try:
-        args = parser.parse_args(argv)
-        checkpoint = load_checkpoint(args.checkpoint)
+        checkpoint = load_checkpoint(path)
         if args.images:
-            print("\n".join(classify(checkpoint, args.images, args.device)))
-            return 0
-        folder = os.path.dirname(args.checkpoint) or "."
-        out, log = args.out or folder, os.path.join(folder, "log.csv")
-        metrics = evaluate(checkpoint, out, args.split, args.data_dir, args.device, log=log)
+            paths = pictures_in(args.images)
+            if not paths:
+                raise ValueError(f"no pictures in {', '.join(args.images)}")
+            return 2 if classify(checkpoint, paths, args.device) else 0
+        print(f"{path}, epoch {checkpoint['epoch']}, {args.split} images", flush=True)
+        history = []
+        try:
+            history = log.read_log(os.path.join(folder, "log.csv"))
+        except FileNotFoundError:
+            pass
+        except (ValueError, OSError) as error:
+            print(f"warning: no curves: {error}", file=sys.stderr)
+        out = args.out or folder
+        evaluate(checkpoint, out, args.split, args.data_dir, args.device, history=history)
     except (ValueError, OSError) as error:
-        return fail(error)
-    source = f"{args.split} images of {checkpoint['train']['dataset']}"
-    print(f"{args.checkpoint}, epoch {checkpoint['epoch']}, {source}")
-    print(describe(metrics))
+        if isinstance(error, BrokenPipeError):
+            raise
+        parser.error(" ".join(str(error).split()))
     print(f"wrote metrics and pictures into {out}/")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(log.run_program(main))

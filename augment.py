@@ -1,0 +1,2 @@
+from data import *
+from data import augment, soft_targets, combine

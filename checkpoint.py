@@ -1,0 +1,166 @@
+"""
+Checkpoints: what they hold, how they reach the disk whole, and how they are read.
+
+    last.pt    the whole truth of a run, written after every epoch: the state of training, both
+               configs, the history, and the best weights so far
+    best.pt    derived from it: the best weights, with what it takes to use them
+
+Plain data only, so reading one never runs code that hides in a file.
+"""
+
+import io
+import os
+import platform
+import subprocess
+import zipfile
+
+import torch
+
+from vit import VisionTransformer, ViTConfig
+
+FORMAT = "vit-cifar10 checkpoint 3"  # the first thing in a checkpoint; another number, another form
+# What it takes to use a model: which network, trained how, on what, by which program.
+FACTS = ("format", "train", "vit", "classes", "mean", "std", "fingerprint", "versions")
+
+
+def write_atomically(path: str, content: bytes):
+    """path holds the old file or the whole new one, whatever happens.
+
+    Written beside the target, flushed to the disk, then moved into place. A kill, a signal or an
+    OSError leaves the old file as it was.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def save_checkpoint(checkpoint: dict, path: str):
+    """Write plain data, as torch.save packs it.
+
+    Packed in memory first: torch.save calls a file's write() from C++, where a signal or a full
+    disk would end in an error that hides the reason, or abort the process.
+    """
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def best_of(checkpoint: dict) -> dict:
+    """best.pt: from a last.pt that holds best weights."""
+    best = checkpoint["best"]
+    facts = {name: checkpoint[name] for name in FACTS}
+    return {**facts, "epoch": best["epoch"], "accuracy": best["accuracy"], "model": best["model"]}
+
+
+def load_checkpoint(path: str) -> dict:
+    """Read last.pt or best.pt, with every tensor on the CPU.
+
+    FileNotFoundError, or ValueError for a file that is damaged (every stored byte is checked
+    against its CRC, which torch.load does not do), foreign, or of another version.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except Exception as error:  # zipfile and torch.load raise half a dozen types for broken files
+        raise ValueError(
+            f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})"
+        ) from None
+    if damaged:
+        raise ValueError(f"{path} is damaged: wrong checksum in {damaged}")
+    written = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if written != FORMAT:
+        known = isinstance(written, str) and written.startswith("vit-cifar10 checkpoint ")
+        what = "a checkpoint of another version of this program" if known else "not its checkpoint"
+        raise ValueError(f"{path} is {what}: expected {FORMAT!r}, found {written!r:.60}")
+    try:
+        build_model(checkpoint)
+        missing = [name for name in (*FACTS, "epoch") if name not in checkpoint]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        missing = [type(error).__name__]
+    if missing:
+        raise ValueError(f"{path} does not hold a whole model and its data ({', '.join(missing)})")
+    return checkpoint
+
+
+def build_model(checkpoint: dict) -> VisionTransformer:
+    """The trained model in eval mode: with the averaged weights (EMA) where the run keeps them."""
+    model = VisionTransformer(ViTConfig(**checkpoint["vit"]))
+    model.load_state_dict(checkpoint.get("ema") or checkpoint["model"])
+    return model.eval()
+
+
+def check_out(out: str, resume: bool) -> dict | None:
+    """The checkpoint to resume from, or None for a fresh start.
+
+    ValueError where a run would be lost or could not be kept.
+    """
+    parent = os.path.abspath(out)
+    while not os.path.lexists(parent) and parent != os.path.dirname(parent):
+        parent = os.path.dirname(parent)
+    if not (os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK)):
+        raise ValueError(
+            f"cannot write to the output folder {out}: "
+            f"{parent} is not a folder that can be written to"
+        )
+    names = ("last.pt", "best.pt", "metrics.json", "log.csv")
+    found = [name for name in names if os.path.exists(os.path.join(out, name))]
+    if found and not resume:
+        raise ValueError(
+            f"{out} already holds a run: continue it with --resume, or choose another --out"
+        )
+    if "last.pt" in found:
+        checkpoint = load_checkpoint(os.path.join(out, "last.pt"))
+        if "optimizer" not in checkpoint:
+            raise ValueError(f"{out}/last.pt is a best.pt, which holds no run to resume")
+        return checkpoint
+    if found:
+        raise ValueError(
+            f"{out} holds {found[0]} but no last.pt to resume from: choose another --out"
+        )
+    return None
+
+
+def saved_in(out: str) -> str:
+    """What is on the disk, read from the disk."""
+    path = os.path.join(out, "last.pt")
+    try:
+        last = load_checkpoint(path)
+    except (ValueError, OSError):
+        return "no epoch is saved yet"
+    return f"{path} holds epoch {last['epoch']} of {last['train']['epochs']}"
+
+
+def versions(device: torch.device) -> dict:
+    """What a number has to be traced to: commit, software, hardware."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError:
+            return "unknown"
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+    # Copied into a folder of another repository, these files are of no commit of it.
+    is_own = git("rev-parse", "--show-prefix") == ""
+    commit = git("describe", "--always", "--dirty", "--abbrev=12") if is_own else "unknown"
+    name = f"{device.type} ({platform.machine()})"
+    return {
+        "commit": commit or "unknown",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a str subclass that weights_only=True refuses
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
+    }

@@ -1,0 +1,149 @@
+"""
+What a run says: the same numbers as columns on the screen and in log.csv, written and read here.
+
+    model     the network, in numbers
+    data      how many images of what
+    ...
+    epoch       lr train loss ...      one line an epoch, within 100 characters
+"""
+
+import csv
+import io
+import os
+import sys
+import time
+
+import torch
+
+from checkpoint import write_atomically
+
+COLUMNS = (  # of log.csv: name, title on the screen (none: not shown), width, format
+    ("epoch", "epoch", 5, "d"),
+    ("lr", "lr", 8, ".1e"),
+    ("train_loss", "train loss", 10, ".4f"),
+    ("val_loss", "val loss", 8, ".4f"),
+    ("val_accuracy", "val acc", 7, ".2%"),
+    ("ema_accuracy", "ema acc", 7, ".2%"),
+    ("train_accuracy", "train acc", 9, ".2%"),
+    ("grad_norm", "|grad|", 6, ".2f"),
+    ("skipped_steps", "skipped", 7, "d"),
+    ("images_per_second", "img/s", 7, ",.0f"),
+    ("mfu", "MFU", 5, ".1%"),
+    ("seconds", "", 0, ""),
+)
+NAMES = tuple(name for name, *_ in COLUMNS)
+
+
+def hms(seconds: float) -> str:
+    """A duration as a clock shows it: 12:34, or 1:02:03 from an hour on."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def shown(unused: tuple) -> list[tuple]:
+    return [column for column in COLUMNS if column[1] and column[0] not in unused]
+
+
+def header(unused: tuple) -> str:
+    """The titles of the columns, but for the names in `unused`."""
+    return " ".join([*(f"{title:>{width}}" for _, title, width, _ in shown(unused)), "    left"])
+
+
+def line(row: dict, left: float, unused: tuple) -> str:
+    """One epoch, in the columns of header(unused); left: seconds to go."""
+    cells = [
+        f"{'' if row[name] is None else format(row[name], form):>{width}}"
+        for name, _, width, form in shown(unused)
+    ]
+    return " ".join([*cells, f"{hms(left):>8}"])
+
+
+def write_log(path: str, history: list[dict]):
+    """log.csv, whole each time: a kill leaves no torn row, and a resumed run no double one."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, NAMES, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_atomically(path, text.getvalue().encode())
+
+
+def read_log(path: str) -> list[dict]:
+    """The rows of log.csv, as dictionaries of floats; an empty cell is None.
+
+    A spreadsheet may have saved it, with a byte-order mark. ValueError if it is not such a table.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        history = [{key: float(row[key]) if row[key] else None for key in NAMES} for row in rows]
+        if any(row["epoch"] is None for row in history):
+            raise ValueError
+        return history
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise ValueError(f"{path} is not a log of train.py any more") from None
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product here, the best of a few: the 100 % of the log's MFU."""
+    n = 1024
+    if device.type != "cpu":
+        n = 8192
+    elif dtype == torch.float16:  # emulated there
+        n = 256
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()  # item() waits until it is computed
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds)
+
+
+def describe_model(config) -> str:
+    """The network of a ViTConfig, in one line: it can be said before the data are loaded."""
+    size, token = config.image_size, " + class token" if config.pool == "cls" else ""
+    bias = ", relative position bias" if config.relative_position_bias else ""
+    return (
+        f"model    {size}x{size} pixels, patch {config.patch_size}: {config.num_patches} patches"
+        f"{token} | dim {config.dim}, depth {config.depth}, heads {config.heads}{bias}"
+    )
+
+
+def describe_run(run, steps: int) -> str:
+    """A train.Run before its first epoch, in lines of at most 100 characters."""
+    config, dataset, facts = run.config, run.dataset, run.versions
+    parameters = sum(p.numel() for p in run.state.model.parameters())
+    compiled = ", compiled" if run.state.compiled else ""
+    dtype = str(run.state.dtype).removeprefix("torch.")
+    lines = (
+        f"         {parameters:,} parameters | "
+        f"{run.vit_config.flops_per_image / 1e6:,.1f} MFLOP an image forward",
+        f"data     {config.dataset}: {len(run.train_set[0]):,} training, {len(run.val_set[0]):,} "
+        f"validation, {len(dataset.test_images):,} test images, {len(dataset.classes)} classes",
+        f"recipe   {config.epochs} epochs, {steps:,} steps of {config.batch_size} images | "
+        f"seed {config.seed}",
+        f"         {config.optimizer}, peak lr {config.lr:g}, weight decay {config.weight_decay:g}",
+        f"machine  {run.world} x {facts['device']}, {dtype}{compiled} | torch {facts['torch']}, "
+        f"commit {facts['commit']}",
+        f"         a large matrix product does {run.peak / 1e12:.2f} TFLOP/s: the 100 % of MFU",
+    )
+    return "\n".join(lines)
+
+
+def run_program(main) -> int:
+    """main() as a program: a name that the terminal cannot print, a reader that goes away and an
+    interrupt end in no traceback. Returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed, as by `>&-`
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # as in `| head`; Python would try again to write at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

@@ -1,0 +1,207 @@
+"""
+One step of training: what moves the weights, and by how much.
+
+    images, targets -> forward -> loss -> gradients -> unscale, clip -> AdamW or Muon -> average
+                                                             the learning rate follows OneCycleLR
+
+State holds all that a step changes, and so all that a checkpoint must hold.
+
+Axes:  B batch   C channels   H, W image height and width   K classes
+"""
+
+import copy
+import importlib.util
+import re
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muon import Muon
+from recipe import TrainConfig
+from vit import VisionTransformer, ViTConfig
+
+
+@dataclass
+class State:
+    """What train_step works on."""
+
+    model: VisionTransformer
+    forward: nn.Module  # the model as training calls it: wrapped, where processes share the batch
+    compiled: bool  # whether its blocks are
+    ema: VisionTransformer | None
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler  # does nothing unless the dtype is float16
+    dtype: torch.dtype
+
+    def best_model(self) -> VisionTransformer:
+        """What one predicts with: the average where there is one, else the model itself."""
+        return self.ema or self.model
+
+    def state_dict(self) -> dict:
+        """Everything the next step depends on, as plain data that loads with weights_only=True."""
+        return {
+            "model": self.model.state_dict(),  # the bare one's: no prefix from compiling, wrapping
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict):
+        """The inverse. The model comes first: it alone checks shapes."""
+        self.model.load_state_dict(state["model"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if state["scaler"]:  # empty unless the dtype was float16; a run may move to another GPU
+            self.scaler.load_state_dict(state["scaler"])
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; for "auto" float32 on a CPU, on CUDA the 16-bit type the GPU has.
+
+    bfloat16 needs no loss scaling, but GPUs before Ampere only emulate it, slowly.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def can_compile(device: torch.device) -> bool:
+    """torch.compile pays on CUDA; its code generator, Triton, needs a GPU of Volta or younger."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+def compiler_fault(device: torch.device) -> str | None:
+    """What torch.compile says of this machine when it fails at a trifle, in one line; else None."""
+    try:
+        torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:  # no C++ compiler, one that fails, no Triton: types of many modules
+        return str(error).strip().partition("\n")[0] or type(error).__name__
+    return None
+
+
+def should_compile(config: TrainConfig, device: torch.device) -> bool:
+    """Whether to compile: if it was asked for, or by default where it pays; and if it works."""
+    wanted = can_compile(device) if config.compile is None else config.compile
+    fault = compiler_fault(device) if wanted else None
+    if fault and config.compile:
+        raise ValueError(f"--compile: torch.compile does not work here: {fault}")
+    if fault:
+        print(f"warning: not compiled, since torch.compile fails: {fault}", file=sys.stderr)
+    return wanted and not fault
+
+
+def parameter_groups(model: VisionTransformer, weight_decay: float) -> list[dict]:
+    """Decay pulls matrices towards zero. The rest is free: biases, norms, class token, positions.
+
+    The blocks' matrices come in groups of equal shape, which is how Muon wants them.
+    """
+    groups, rest = {}, []
+    for name, parameter in model.named_parameters():
+        is_position = name in ("cls_token", "pos_embed") or name.endswith("bias_table")
+        if parameter.ndim < 2 or is_position:
+            rest.append(parameter)
+        else:  # blocks.3.attn.qkv.weight joins the other blocks' attn.qkv.weight
+            kind = re.sub(r"^blocks\.\d+\.", "blocks.", name)
+            groups.setdefault(kind, []).append(parameter)
+    decayed = [
+        {"params": same, "weight_decay": weight_decay, "muon": kind.startswith("blocks.")}
+        for kind, same in groups.items()
+    ]
+    return [*decayed, {"params": rest, "weight_decay": 0.0, "muon": False}]
+
+
+def build_state(
+    config: TrainConfig,
+    vit_config: ViTConfig,
+    steps: int,
+    device: torch.device,
+    compiled: bool = False,
+) -> State:
+    """A fresh model with its optimizer and schedule, for a run of so many optimizer steps."""
+    torch.manual_seed(config.seed)
+    model = VisionTransformer(vit_config).to(device)
+    optimizer = {"adamw": torch.optim.AdamW, "muon": Muon}[config.optimizer](
+        parameter_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.999), fused=True
+    )
+    # A rise of exactly one step would make OneCycleLR divide by zero; it means no rise.
+    pct_start = 0.0 if config.pct_start * steps == 1 else config.pct_start
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=config.lr,
+        total_steps=steps,
+        pct_start=pct_start,
+        cycle_momentum=False,  # True, the default, would overwrite AdamW's beta1
+    )
+    ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None
+    if compiled:
+        # The blocks, not the model: they are alike, so the compiler works once and not depth times.
+        # dynamic=False: else the second batch size would make it compile for any, slower.
+        for block in [*model.blocks, *(ema.blocks if ema else [])]:
+            block.compile(dynamic=False)
+    forward = model
+    if dist.is_initialized():
+        # The only buffers are constants.
+        forward = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    dtype = pick_dtype(config.dtype, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return State(model, forward, compiled, ema, optimizer, scheduler, scaler, dtype)
+
+
+def change_lr(state: State, factor: float):
+    """Scale the whole schedule from here on: OneCycleLR keeps its corner points in the groups."""
+    for group in state.optimizer.param_groups:
+        for key in ("lr", "initial_lr", "max_lr", "min_lr"):
+            group[key] *= factor
+
+
+@torch.no_grad()
+def update_ema(state: State, decay: float):
+    """ema <- decay * ema + (1 - decay) * model; in the first steps less, to forget the start."""
+    if state.ema is not None:
+        step = state.scheduler.last_epoch  # optimizer steps taken so far
+        decay = min(decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(
+            list(state.ema.parameters()), list(state.model.parameters()), 1 - decay
+        )
+
+
+def train_step(
+    state: State, images: Tensor, targets: Tensor, config: TrainConfig
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step on images (B, C, H, W), soft targets (B, K): its loss and gradient norm.
+
+    Both stay on the device: reading them here would make the CPU wait for the GPU in every step.
+    """
+    # the loss
+    with torch.autocast(images.device.type, state.dtype, enabled=state.dtype != torch.float32):
+        logits = state.forward(images)
+    loss = F.cross_entropy(logits.float(), targets)
+
+    # the gradient, at its true size: float16 needs it scaled up on the way back
+    state.optimizer.zero_grad()
+    state.scaler.scale(loss).backward()
+    state.scaler.unscale_(state.optimizer)
+    moved = [p for p in state.model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in moved])
+    if config.grad_clip:
+        nn.utils.clip_grads_with_norm_(moved, config.grad_clip, norm)
+
+    # the step, unless float16 overflowed: asking is the one moment that waits for the GPU
+    if not state.scaler.is_enabled() or norm.isfinite():
+        state.optimizer.step()
+        update_ema(state, config.ema_decay)
+        state.scheduler.step()
+    state.scaler.update()
+    return loss.detach(), norm

@@ -1,0 +1,180 @@
+"""What the tests of several rooms share: a run that takes a tenth of a second, and comparisons."""
+
+import contextlib
+import csv
+import itertools
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import data
+import evaluate
+import log
+import optim
+import train
+from recipe import TrainConfig
+from vit import ViTConfig
+
+# ---- A run that takes a tenth of a second ----
+
+
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def make_dataset(classes=("cat", "dog", "eel"), n=60, n_test=30, size=8, seed=0):
+    """Noise, a little brighter for higher classes: can be learned, and not in one epoch."""
+    parts = []
+    for count in (n, n_test):
+        labels = torch.arange(count) % len(classes)
+        noise = torch.randint(0, 160, (count, 3, size, size), generator=rng(seed + count))
+        parts += [(noise + 40 * labels[:, None, None, None] % 240).clamp(0, 255).byte(), labels]
+    return data.Dataset(list(classes), *parts, (0.4, 0.45, 0.5), (0.2, 0.25, 0.3))
+
+
+DATASET = make_dataset()
+TINY = """--dataset shapes --device cpu --image-size 8 --patch-size 4 --dim 8 --depth 2 --heads 2
+    --epochs 2 --batch-size 8 --val-size 20 --lr 0.01 --dropout 0""".split()  # 5 steps an epoch
+# Everything that has a state or draws random numbers, at once.
+FULL = """--epochs 4 --dtype float16 --dropout 0.1 --attn-dropout 0.1 --drop-path 0.3
+    --ema-decay 0.9 --grad-clip 1 --label-smoothing 0.1 --mixup 0.8 --cutmix 1""".split()
+PLOTS = {name: f for name, f in vars(evaluate).items() if name.startswith("plot_")}
+WALL_CLOCK = ("images_per_second", "mfu", "seconds")  # what may differ between two equal runs
+
+
+@contextlib.contextmanager
+def tiny_world():
+    """Inside, "shapes" is DATASET; there are no pictures, and the machine is not measured."""
+
+    def load(dataset, data_dir, image_size, download_url=None, load=data.load, **options):
+        if dataset != "shapes":
+            return load(dataset, data_dir, image_size, download_url, **options)
+        cut = {
+            k: getattr(DATASET, k)[..., :image_size, :image_size]
+            for k in ("train_images", "test_images")
+        }
+        return replace(DATASET, **cut)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", load)
+        patch.setattr(log, "measure_peak", lambda *_: 1e12)
+        facts = {"torch": "2", "commit": "c", "device": "cpu"}
+        patch.setattr(checkpoint, "versions", lambda *_: facts)
+        for name in PLOTS:
+            patch.setattr(evaluate, name, lambda *_: None)
+        yield
+
+
+def run(*flags, out="out"):
+    """The exit code of a tiny run; bad input ends in SystemExit, which has the same number."""
+    try:
+        return train.main([*TINY, "--out", str(out), *map(str, flags)])
+    except SystemExit as exit:
+        return exit.code
+
+
+def flat(thing, path=""):
+    """Nested dictionaries and lists as one dictionary {path: number, text or tensor}."""
+    if isinstance(thing, (dict, list, tuple)):
+        items = thing.items() if isinstance(thing, dict) else enumerate(thing)
+        leaves = {}
+        for key, value in items:
+            leaves |= flat(value, f"{path}/{key}")
+        return leaves or {path: type(thing).__name__}
+    return {path: thing}
+
+
+def contents(path):
+    """All of a checkpoint but the wall clock and the software's versions, flat."""
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint.pop("versions")["torch"]
+    for row in checkpoint["history"]:
+        for name in WALL_CLOCK:
+            assert row.pop(name) > 0
+    return flat(checkpoint)
+
+
+def difference(a, b):
+    """The first path at which two flat dictionaries differ in type, dtype or value; or None."""
+    for path in [*a, *b]:
+        if path not in a or path not in b or type(a[path]) is not type(b[path]):
+            return path
+        if isinstance(a[path], torch.Tensor):
+            if a[path].dtype != b[path].dtype or not torch.equal(a[path], b[path]):
+                return path
+        elif a[path] != b[path]:
+            return path
+    return None
+
+
+def outcome(path):
+    """What a run came to: weights and log, without the recipe that is stored with them."""
+    return {k: v for k, v in contents(path).items() if re.match("/(model|ema|history)", k)}
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def read_csv(path="out/log.csv"):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def tree(folder="."):
+    """Every file below a folder with its bytes."""
+    return {str(p): p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")}
+
+
+class Kill(BaseException):
+    """What main() does not know how to catch: the end of the process, as far as it can tell."""
+
+
+def on_call(monkeypatch, owner, name, number, action):
+    """Run action in place of the call with this number (from 1) of owner.name."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def replacement(*args, **kwargs):
+        return action(*args) if next(calls) == number else real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, replacement)
+
+
+def kill(*_):
+    raise Kill
+
+
+def pretend(monkeypatch, accelerator):
+    """There are two of these here, or none. (Unchecked, torch names what it was built for.)"""
+    found = torch.device(accelerator) if accelerator else None
+
+    def current_accelerator(check_available=False):
+        return found if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+
+
+def small_state(seed=0, steps=20, pool="cls", **knobs):
+    """A scrambled float64 model with everything around it, as train_step wants it."""
+    config = TrainConfig(**{"lr": 0.01, "batch_size": 6, "seed": seed} | knobs)
+    vit_config = ViTConfig(8, 4, num_classes=3, dim=8, depth=2, heads=2, dropout=0.0, pool=pool)
+    state = optim.build_state(config, vit_config, steps, torch.device("cpu"))
+    g = rng(seed)
+    for name, p in state.model.double().named_parameters():
+        noise = torch.randn(p.shape, generator=g, dtype=torch.float64)
+        p.data = noise * (1.5 / math.sqrt(p[0].numel()) if p.ndim > 1 else 0.5) + ("norm" in name)
+    if state.ema:
+        state.ema.double().load_state_dict(state.model.state_dict())
+    return config, state
+
+
+def small_batch(seed, B=6):
+    g = rng(seed)
+    images = torch.randn(B, 3, 8, 8, generator=g, dtype=torch.float64)
+    return images, torch.rand(B, 3, generator=g).softmax(1)
