@@ -10,6 +10,7 @@ from the fastest to the slowest turn, and the ratio of its median to that of the
 row (above 1: slower).
 """
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -18,10 +19,15 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as nnF
+import torch.nn.functional as F
 
+import augment
+import checkpoint
 import data
 import evaluate
+import log
+import optim
+import recipe
 import train
 from muon import Muon
 from vit import VisionTransformer, ViTConfig
@@ -34,6 +40,10 @@ def wait(device: torch.device):
     """Until the device has done what it was told: an accelerator works on behind the CPU's back."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def row(what: str, seconds: list[float], unit: str, base: float | None = None) -> float:
@@ -84,13 +94,13 @@ def bench_pipeline():
     generator = torch.Generator().manual_seed(0)
 
     def ours():
-        for batch in data.augment(many, "pad", 2, 9, 1.0, None, generator).split(1024):
+        for batch in augment.augment(many, "pad", 2, 9, 1.0, None, generator).split(1024):
             data.normalize(batch, MEAN, STD)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     variants = {
-        "data.augment and data.normalize, 16,384 images at once": (ours, len(many)),
+        "augment.augment and data.normalize, 16,384 images at once": (ours, len(many)),
         "torchvision, PIL image by image": (lambda: [pil(image) for image in pictures], len(few)),
         "torchvision, tensor by tensor": (lambda: [tensors(image) for image in few], len(few)),
     }
@@ -131,7 +141,7 @@ def stepper(model, images, targets, dtype=torch.float32, optimizer=None):
     def step():
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             logits = model(images)
-        loss = nnF.cross_entropy(logits.float(), targets)
+        loss = F.cross_entropy(logits.float(), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -158,7 +168,7 @@ def bench_models(batch: int, device, half: torch.dtype, compiling: bool):
         runs = {
             name: (stepper(model, images, targets, dtype), batch) for name, model in models.items()
         }
-        title = f"(b) forward, backward and AdamW, {str(dtype)[6:]}, batch {batch}"
+        title = f"(b) forward, backward and AdamW, {name_of(dtype)}, batch {batch}"
         compare(title, runs, "ms/image", device)
 
     variants = {}
@@ -167,11 +177,11 @@ def bench_models(batch: int, device, half: torch.dtype, compiling: bool):
             model = VisionTransformer(config).to(device)
             for block in model.blocks:
                 block.attn.fused = fused
-            name = f"{'fused attention' if fused else 'written-out attention'}, {str(dtype)[6:]}"
+            name = f"{'fused attention' if fused else 'written-out attention'}, {name_of(dtype)}"
             variants[name] = (stepper(model, images, targets, dtype), batch)
     model = VisionTransformer(config).to(device)
-    muon = Muon(train.parameter_groups(model, 0.05), lr=1e-4, fused=True)
-    variants[f"{str(half)[6:]}, Muon"] = (stepper(model, images, targets, half, muon), batch)
+    muon = Muon(optim.parameter_groups(model, 0.05), lr=1e-4, fused=True)
+    variants[f"{name_of(half)}, Muon"] = (stepper(model, images, targets, half, muon), batch)
     first = {}
     ways = ("the blocks", "the model", *(["the model, CUDA graphs"] * (device.type == "cuda")))
     for what in ways if compiling else ():
@@ -184,7 +194,7 @@ def bench_models(batch: int, device, half: torch.dtype, compiling: bool):
         step()
         wait(device)
         first[what] = time.perf_counter() - began
-        variants[f"{str(half)[6:]}, compiling {what}"] = (step, batch)
+        variants[f"{name_of(half)}, compiling {what}"] = (step, batch)
     title = f"(c) the same step, batch {batch}, eager with AdamW unless it says so"
     compare(title, variants, "ms/image", device)
     for what, seconds in first.items():
@@ -214,8 +224,8 @@ def bench_epoch(batch: int, device, half: torch.dtype):
     count = 4 * batch
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, device=device)
     labels = torch.randint(0, 10, (count,), device=device)
-    config = train.TrainConfig(batch_size=batch, device=str(device))
-    state = train.build_state(config, ViTConfig(), 10_000, device)
+    config = recipe.TrainConfig(batch_size=batch, device=str(device))
+    state = optim.build_state(config, ViTConfig(), 10_000, device)
     state.model.train()
     names = ("augmentation", "normalise and mix", "steps", "validation", "checkpoint")
     parts = {name: [] for name in names}
@@ -230,15 +240,17 @@ def bench_epoch(batch: int, device, half: torch.dtype):
         for turn in range(4):
             now = time.perf_counter()
             batches = train.epoch_batches(images, labels, MEAN, STD, 10, config, epoch=turn)
-            now = lap("augmentation", now, per_epoch)
-            for x, y in batches:
-                now = lap("normalise and mix", now, per_epoch * len(batches))
-                train.train_step(state, x, y, config)
-                now = lap("steps", now, per_epoch * len(batches))
+            for i, (x, y) in enumerate(batches):
+                if i == 0:  # the first batch brings the whole epoch's augmentation
+                    now = lap("augmentation", now, per_epoch)
+                else:
+                    now = lap("normalise and mix", now, per_epoch * 4)
+                optim.train_step(state, x, y, config)
+                now = lap("steps", now, per_epoch * 4)
             now = time.perf_counter()
-            evaluate.predict(state.forward, images, MEAN, STD, state.dtype)
+            evaluate.compute_logits(state.model, images, MEAN, STD, state.dtype)
             now = lap("validation", now, 7_000 / count)  # 5,000, and 2,000 clean training images
-            data.save_atomically(train.pack(state), f"{folder}/last.pt")
+            checkpoint.save_checkpoint(state.state_dict(), f"{folder}/last.pt")
             lap("checkpoint", now, 1.0)
             if turn == 0:  # warm-up, and compiling
                 parts = {name: [] for name in names}
@@ -257,7 +269,7 @@ def bench_epoch(batch: int, device, half: torch.dtype):
     print("\n(e) memory")
     four, eight = (kept_for_backward(images[:n].float(), half) for n in (4, 8))  # weights in both
     print(
-        f"  kept for backward, {str(half)[6:]}, eager: {(eight - four) / 4 / 1e6:.2f} MB an image"
+        f"  kept for backward, {name_of(half)}, eager: {(eight - four) / 4 / 1e6:.2f} MB an image"
     )
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # it counts in KiB
     print(f"  peak of the host, this whole program: {host:.2f} GiB")
@@ -265,7 +277,7 @@ def bench_epoch(batch: int, device, half: torch.dtype):
         peak = torch.cuda.max_memory_allocated() / 2**30
         print(f"  peak of the device, training at batch {batch}: {peak:.2f} GiB")
 
-    peak = train.measure_peak(device, state.dtype)
+    peak = log.measure_peak(device, state.dtype)
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     copy = {f"copy of {source.nbytes >> 20} MiB": (lambda: target.copy_(source), 1)}
@@ -273,7 +285,7 @@ def bench_epoch(batch: int, device, half: torch.dtype):
     bandwidth = 2 * source.nbytes / moved  # every byte is read once and written once
     rate = 45_000 / statistics.median(parts["steps"])
     flops = 3 * ViTConfig().flops_per_image
-    measured = f"matrix product {peak / 1e12:.2f} TFLOP/s in {str(state.dtype)[6:]}"
+    measured = f"matrix product {peak / 1e12:.2f} TFLOP/s in {name_of(state.dtype)}"
     print(f"  {measured}, copy {bandwidth / 1e9:,.0f} GB/s")
     print(f"  steps {rate:,.0f} images/s: MFU {rate * flops / peak:.1%} of the arithmetic")
     if device.type == "cuda":
@@ -301,7 +313,7 @@ def bench_scaling(batch: int, device, dtype):
     generator = torch.Generator().manual_seed(0)
     variants = {}
     for n in (16_384, 2_048, 256):
-        call = partial(data.augment, images[:n], "pad", 2, 9, 1.0, None, generator)
+        call = partial(augment.augment, images[:n], "pad", 2, 9, 1.0, None, generator)
         variants[f"{n:,} images in one call"] = (call, n)
     compare("(g) growth of the augmentation's cost", variants, "us/image", device)
 
@@ -312,31 +324,33 @@ def bench_overhead(device):
     targets = torch.full((2, 10), 0.1, device=device)
     variants = {}
     for preset in ("deit", "strong"):
-        config, vit_config = train.build_configs({**train.PRESETS[preset], "device": str(device)})
+        config, vit_config = recipe.build_configs({**recipe.PRESETS[preset], "device": str(device)})
         small = replace(vit_config, patch_size=16, dim=24)
-        state = train.build_state(config, small, 10_000, device)
+        state = optim.build_state(config, small, 10_000, device)
         state.model.train()
-        step = partial(train.train_step, state, images, targets, config)
+        step = partial(optim.train_step, state, images, targets, config)
         variants[f"`{preset}`: 2 images, depth 12, width 24, 4 patches"] = (step, 1)
     compare("(h) Python and launches: a step with hardly any arithmetic", variants, "ms", device)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = evaluate.Parser(description="Measure this program's pieces side by side.")
+    parser = argparse.ArgumentParser(
+        description="Measure this program's pieces side by side.", allow_abbrev=False
+    )
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--batch-size", type=int, help="of the steps (default: 1024 on a GPU, 32 on a CPU)")
     add("--compile", action="store_true", help="compile on a CPU, too (takes a minute)")
+    args = parser.parse_args(argv)
     try:
-        args = parser.parse_args(argv)
         device = evaluate.pick_device(args.device)
         if args.batch_size is not None and args.batch_size < 4:
             raise ValueError(f"batch_size must be at least 4, got {args.batch_size}")
     except ValueError as error:
-        return evaluate.fail(error)
+        parser.exit(2, f"error: {error}\n")
     batch = args.batch_size or (32 if device.type == "cpu" else 1024)
-    dtype = train.pick_dtype("auto", device)
-    facts = train.versions(device)
+    dtype = optim.pick_dtype("auto", device)
+    facts = checkpoint.versions(device)
     machine = f"{facts['device']}, {torch.get_num_threads()} CPU threads"
     print(f"{machine}, torch {facts['torch']}, commit {facts['commit']}")
     print(f"  {'':<58}{'median':>9} {'':<10}{'fastest .. slowest':>18}{'ratio':>8}")
@@ -350,4 +364,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(log.run_program(main))

@@ -13,7 +13,8 @@ from matplotlib.ticker import ScalarFormatter
 sys.path.insert(0, ".")
 import data
 import evaluate
-import train
+import optim
+import recipe
 from vit import PatchEmbedding, ViTConfig
 
 
@@ -67,10 +68,10 @@ def draw_schedule(path: str):
     """The learning rate of both presets over 300 epochs, asked of their own schedulers."""
     figure, [[axis]] = evaluate.new_figure(figsize=(8, 3))
     for name in ("deit", "strong"):
-        config, _ = train.build_configs(train.PRESETS[name] | {"optimizer": "adamw"})
+        config, _ = recipe.build_configs(recipe.PRESETS[name] | {"optimizer": "adamw"})
         steps, rates = 45_000 // config.batch_size * config.epochs, []
         tiny = ViTConfig(dim=8, depth=1, heads=1)
-        state = train.build_state(config, tiny, steps, torch.device("cpu"))
+        state = optim.build_state(config, tiny, steps, torch.device("cpu"))
         for _ in range(steps):
             rates.append(state.scheduler.get_last_lr()[0])
             state.optimizer.step()  # of nothing: there are no gradients
