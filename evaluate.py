@@ -204,7 +204,7 @@ def plot_confusion_matrix(path: str, metrics: dict, title: str):
     K = len(classes)
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     side = min(0.45 * K, 45)  # inches, for 100 names to be read; more would take gigabytes
-    figure, [[axis]] = new_figure(figsize=(2.5 + side, 2 + side))
+    figure, [[axis]] = new_figure(figsize=(max(5, 2.5 + side), 2 + side))
     picture = axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.set_xticks(range(K), classes, rotation=45, ha="right")
     axis.set_yticks(range(K), classes)
@@ -238,6 +238,7 @@ def plot_curves(path: str, history: list[dict], title: str):
     draw(axes[2], "lr", "at the end of the epoch")
     for axis, name in zip(axes, ("cross-entropy loss", "accuracy (%)", "learning rate")):
         axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(name)
         axis.grid(alpha=0.3)
         if axis.lines:
@@ -266,7 +267,7 @@ def plot_attention(
             confidence, answer = model(x)[0].softmax(0).max(0)
         verdict = f"{short(classes[answer], 18)} {confidence:.0%}"
         titles.append(f"{short(classes[label], 18)}\ntaken for {verdict}")
-    figure, axes = new_figure(2, len(images), figsize=(1.5 * len(images) + 0.6, 4.1))
+    figure, axes = new_figure(2, len(images), figsize=(1.5 * len(images) + 0.8, 3.8))
     for column, image, heat, text in zip(axes.T, images, heats, titles):
         show_image(column[0], image, text)
         grey = image.float().mean(0)  # (H, W)

@@ -31,42 +31,43 @@ def draw_pipeline(path: str, image: torch.Tensor):
             y, x = i + i // p * gap, j + j // p * gap
             cut[:, y : y + p, x : x + p] = image[:, i : i + p, j : j + p]
 
-    figure, [[axis]] = evaluate.new_figure(figsize=(13, 3.4))
-    axis.set_xlim(0, 13)
-    axis.set_ylim(0, 3.4)
+    figure, [[axis]] = evaluate.new_figure(figsize=(8.3, 2.5))
+    axis.set_xlim(0, 8.3)
+    axis.set_ylim(0, 2.5)
     axis.axis("off")
-    for x, width, pixels in ((0.1, 1.5, image), (2.2, 1.9, cut)):
-        inner = axis.inset_axes([x, 1.9 - width / 2, width, width], transform=axis.transData)
+    middle = 1.45
+    for x, width, pixels in ((0.05, 1.0, image), (1.55, 1.25, cut)):
+        inner = axis.inset_axes([x, middle - width / 2, width, width], transform=axis.transData)
         inner.imshow(pixels.permute(1, 2, 0))
         inner.axis("off")
     blocks = f"{config.depth} blocks, each\n\nx + Attention(Norm(x))\n\nx + MLP(Norm(x))"
     for x, width, height, text, colour in (
-        (4.85, 1.2, 1.5, "linear map\n+ class token\n+ positions", "#fde9c8"),
-        (6.95, 1.7, 2.3, blocks, "#d6e6f7"),
-        (9.55, 1.0, 1.5, "Norm,\nread the\nclass token", "#fde9c8"),
-        (11.4, 0.75, 1.5, "linear\nmap", "#fde9c8"),
+        (3.35, 0.8, 1.1, "linear map\n+ class\ntoken\n+ positions", "#fde9c8"),
+        (4.75, 1.3, 1.5, blocks, "#d6e6f7"),
+        (6.6, 0.62, 1.1, "Norm,\nread the\nclass\ntoken", "#fde9c8"),
+        (7.7, 0.5, 1.1, "linear\nmap", "#fde9c8"),
     ):
-        corner = (x, 1.9 - height / 2)
+        corner = (x, middle - height / 2)
         box = {"boxstyle": "round,pad=0.03", "facecolor": colour, "edgecolor": "black"}
         axis.add_patch(FancyBboxPatch(corner, width, height, **box))
-        axis.text(x + width / 2, 1.9, text, ha="center", va="center", fontsize=9)
-    for x0, x1, text in (
-        (1.65, 2.15, f"image\n({C}, {S}, {S})"),
-        (4.15, 4.75, f"{config.num_patches} patches\n({config.num_patches}, {C * p * p})"),
-        (6.15, 6.85, f"tokens\n({config.num_tokens}, {config.dim})"),
-        (8.75, 9.45, f"tokens\n({config.num_tokens}, {config.dim})"),
-        (10.65, 11.3, f"one vector\n({config.dim},)"),
-        (12.25, 12.85, f"logits\n({config.num_classes},)"),
+        axis.text(x + width / 2, middle, text, ha="center", va="center", fontsize=8)
+    for x0, x1 in ((1.08, 1.5), (2.85, 3.28), (4.22, 4.68), (6.12, 6.53), (7.28, 7.63)):
+        axis.annotate("", (x1, middle), (x0, middle), arrowprops={"arrowstyle": "->"})
+    for x, text in (
+        (0.55, f"image\n({C}, {S}, {S})"),
+        (2.18, f"{config.num_patches} patches\n({config.num_patches}, {C * p * p})"),
+        (3.75, f"tokens\n({config.num_tokens}, {config.dim})"),
+        (5.4, f"tokens\n({config.num_tokens}, {config.dim})"),
+        (6.91, f"a vector\n({config.dim},)"),
+        (7.95, f"logits\n({config.num_classes},)"),
     ):
-        axis.annotate("", (x1, 1.9), (x0, 1.9), arrowprops={"arrowstyle": "->"})
-        options = {"ha": "center", "va": "center", "fontsize": 9, "family": "monospace"}
-        axis.text((x0 + x1) / 2, 0.32, text, **options)
-    figure.savefig(path, dpi=100)
+        axis.text(x, 0.3, text, ha="center", va="center", fontsize=9, family="monospace")
+    figure.savefig(path, dpi=150)
 
 
 def draw_schedule(path: str):
     """The learning rate of both presets over 300 epochs, asked of their own schedulers."""
-    figure, [[axis]] = evaluate.new_figure(figsize=(8, 3))
+    figure, [[axis]] = evaluate.new_figure(figsize=(8.3, 3.6))
     for name in ("deit", "strong"):
         config, _ = recipe.build_configs(recipe.PRESETS[name] | {"optimizer": "adamw"})
         steps, rates = 45_000 // config.batch_size * config.epochs, []
@@ -81,13 +82,13 @@ def draw_schedule(path: str):
         end = config.mix_until * config.epochs
         text = f"{name} mixes until here"
         axis.axvline(end, color=curve.get_color(), linestyle=":")
-        axis.text(end - 3, 1e-3, text, rotation=90, ha="right", va="top", fontsize=7)
+        axis.text(end - 3, 1e-3, text, rotation=90, ha="right", va="top", fontsize=8)
     axis.set_xlabel("epoch")
     axis.set_ylabel("learning rate")
     axis.set_title("The schedule: one rise, one fall (OneCycleLR)")
     axis.grid(alpha=0.3)
-    axis.legend(loc="upper center", fontsize=8)
-    figure.savefig(path, dpi=100)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    figure.savefig(path, dpi=110)
 
 
 def draw_roofline(path: str):
