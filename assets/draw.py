@@ -11,6 +11,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import ScalarFormatter
 
 sys.path.insert(0, ".")
+import checkpoint
 import data
 import evaluate
 import optim
@@ -122,6 +123,66 @@ def draw_roofline(path: str):
     )
     axis.grid(alpha=0.3)
     axis.legend(loc="upper left")
+    figure.savefig(path, dpi=100)
+
+
+PUBLISHED = (  # PFLOP of training, accuracy on CIFAR-10 (%), who, chosen on which images
+    (24.8, 90.9, "the notebook and ViT-CIFAR", "held-out"),
+    (13, 90.94, "ViT-Lite-6/4", "test"),
+    (26, 90.92, "", "test"),
+    (16.9, 93.58, "SPT_LSA's ViT", "test"),
+    (3.5, 86.52, "s-chh, learned positions", "test"),
+    (3.5, 90.57, "s-chh, relative positions", "test"),
+)
+OURS = (  # the same, measured here on the JPEG copy, chosen on held-out images
+    (0.15, 77.98, "plain, 12 epochs"),
+    (0.76, 84.84, "plain, 60 epochs"),
+)
+
+
+def draw_cost(path: str):
+    """Accuracy against training cost: 3 x forward FLOPs x images seen."""
+    figure, [[axis]] = evaluate.new_figure(figsize=(8.3, 4.5))
+    for chosen, marker in (("held-out", "o"), ("test", "x")):
+        points = [(x, y) for x, y, _, where in PUBLISHED if where == chosen]
+        label = f"published, CIFAR-10, chosen on {chosen} images"
+        axis.plot(*zip(*points), marker, color="tab:gray", label=label)
+    label = "here, CIFAR-10 (JPEG copy), chosen on held-out images"
+    axis.plot(*zip(*((x, y) for x, y, _ in OURS)), "o", color="tab:red", label=label)
+    for x, y, name, *_ in (*PUBLISHED, *OURS):
+        axis.annotate(name, (x, y), (6, -10), textcoords="offset points", fontsize=8)
+    axis.set_xscale("log")
+    axis.set_xlim(0.1, 100)
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.set_xlabel("training cost in PFLOP (3 x forward FLOPs x images seen)")
+    axis.set_ylabel("test accuracy (%)")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def draw_biases(path: str, checkpoint_path: str):
+    """What the relative position biases have become: one map by displacement a block and head."""
+    best = checkpoint.load_checkpoint(checkpoint_path)
+    model = checkpoint.build_model(best)
+    config = model.config
+    reach = 2 * config.side - 1
+    size = (0.85 * config.heads + 1.2, 0.85 * config.depth + 0.9)
+    figure, axes = evaluate.new_figure(config.depth, config.heads, figsize=size)
+    for i, (block, row) in enumerate(zip(model.blocks, axes)):
+        table = block.attn.relative_position_bias_table.detach()  # (reach^2, h)
+        for j, axis in enumerate(row):
+            # softmax ignores a constant, so a map is shown as the weights it gives equal keys
+            weights = table[:, j].softmax(0).view(reach, reach)
+            axis.imshow(weights / weights.max(), cmap="inferno", vmin=0, vmax=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if j == 0:
+                axis.set_ylabel(f"block {i}", fontsize=8)
+            if i == 0:
+                axis.set_title(f"head {j}", fontsize=8)
+    title = "Where each head looks by position alone (centre: the token itself)"
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=100)
 
 
