@@ -1123,6 +1123,20 @@ def test_under_autocast_the_attention_weights_stay_in_the_autocast_dtype(bias):
         assert model.attention_maps(torch.zeros(2, 3, 32, 32)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_the_residual_stream_is_contiguous_in_every_block(pool):
+    """The patches come out of the convolution as columns. Left so, every norm would copy them."""
+    model, contiguous = VisionTransformer(ViTConfig(dim=12, depth=3, pool=pool)), []
+    for block in model.blocks:
+        block.register_forward_hook(
+            lambda module, inputs, output: contiguous.extend(
+                [inputs[0].is_contiguous(), output.is_contiguous()]
+            )
+        )
+    model(torch.zeros(2, 3, 32, 32))
+    assert contiguous == [True] * 6
+
+
 @given(configs(), batches)
 @example(EDGE, 1)
 def test_logits_have_one_row_per_image_and_one_column_per_class(config, batch):

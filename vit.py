@@ -126,7 +126,7 @@ class PatchEmbedding(nn.Module):
             expected = ", ".join(map(str, self.shape))
             raise ValueError(f"expected images of shape (B, {expected}), got {tuple(images.shape)}")
         x = self.proj(images)  # (B, D, H/patch, W/patch)
-        return x.flatten(2).transpose(1, 2)  # (B, P, D)
+        return x.flatten(2).transpose(1, 2).contiguous()  # (B, P, D), in memory too
 
 
 def attention(
