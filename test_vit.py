@@ -1137,6 +1137,31 @@ def test_the_residual_stream_is_contiguous_in_every_block(pool):
     assert contiguous == [True] * 6
 
 
+def traced(model, images):
+    return torch.jit.trace(model, images)
+
+
+def exported(model, images):
+    batch = torch.export.Dim("batch")
+    return torch.export.export(model, (images,), dynamic_shapes=({0: batch},)).module()
+
+
+# Tracing compares shapes as the model runs, which is what it warns about.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("record", [traced, exported])
+def test_a_traced_or_exported_model_takes_any_batch_size(record, bias, pool):
+    """Recorded with three images, it agrees on one and on five."""
+    g = generator(0)
+    config = ViTConfig(16, dim=12, depth=2, pool=pool, relative_position_bias=bias)
+    model = scrambled(VisionTransformer(config), g)
+    recorded = record(model, draw_images(config, 3, g))
+    for batch in (1, 3, 5):
+        images = draw_images(config, batch, g)
+        close(recorded(images), model(images))
+
+
 @given(configs(), batches)
 @example(EDGE, 1)
 def test_logits_have_one_row_per_image_and_one_column_per_class(config, batch):

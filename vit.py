@@ -316,7 +316,7 @@ class VisionTransformer(nn.Module):
         """(B, C, H, W) -> (B, N, D): the tokens that enter the first block."""
         x = self.patch_embed(images)  # (B, P, D)
         if self.cls_token is not None:
-            cls_token = self.cls_token.to(x.dtype).expand(len(x), -1, -1)
+            cls_token = self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat([cls_token, x], dim=1)  # (B, N, D)
         # Under autocast x is 16 bits wide and pos_embed 32. Their plain sum would have 32, and with
         # it the residual stream of all blocks, at twice the memory traffic.
