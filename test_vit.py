@@ -1281,10 +1281,10 @@ def tour(capsys):
     return capsys.readouterr().out.splitlines()
 
 
-def test_the_tour_fits_a_screen_of_24_lines_and_120_columns(capsys):
+def test_the_tour_fits_a_screen_of_24_lines_and_100_columns(capsys):
     """A tour that scrolls away is not one."""
     lines = tour(capsys)
-    assert len(lines) <= 24 and max(map(len, lines)) <= 120
+    assert len(lines) <= 24 and max(map(len, lines)) <= 100
 
 
 def test_the_rows_of_the_tour_add_up_to_its_totals(capsys):

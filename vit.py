@@ -50,7 +50,8 @@ class ViTConfig:
     relative_position_bias: bool = False  # add a learned number by head and displacement to scores
 
     def __post_init__(self):
-        for name in "image_size patch_size in_channels num_classes dim depth heads".split():
+        sizes = ("image_size", "patch_size", "in_channels", "num_classes", "dim", "depth", "heads")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.image_size % self.patch_size:
@@ -352,8 +353,8 @@ def main():
 
     config = ViTConfig()
     model = VisionTransformer(config).eval()
-    inside = "norm1 attn.qkv attn.proj attn norm2 mlp.fc1 mlp.fc2 mlp".split()
-    names = ["patch_embed", *(f"blocks.0.{part}" for part in inside), "blocks.0", "norm", "head"]
+    parts = ("norm1", "attn.qkv", "attn.proj", "attn", "norm2", "mlp.fc1", "mlp.fc2", "mlp")
+    names = ("patch_embed", *(f"blocks.0.{part}" for part in parts), "blocks.0", "norm", "head")
 
     seen = {}  # name -> what forward() was given there
     hooks = [
@@ -366,16 +367,16 @@ def main():
         model(torch.zeros(1, config.in_channels, config.image_size, config.image_size))
         for hook in hooks:
             hook.remove()
-        columns = f"{'name':<20}{'module':<25}{'input':<16}   {'output':<13}"
-        print(f"{columns}{'parameters':>11}{'FLOPs':>13}")
+        columns = f"{'name':<20}{'module':<24}{'input':<14}    {'output':<14}"
+        print(f"{columns}{'parameters':>11}{'FLOPs':>12}")
         for name in names:
             module = model.get_submodule(name)
             with FlopCounterMode(display=False) as counter:
                 output = module(*seen[name])
-            what = f"{name:<20}{type(module).__name__:<25}"
-            shapes = f"{tuple(seen[name][0].shape)!s:<16}-> {tuple(output.shape)!s:<13}"
+            what = f"{name:<20}{type(module).__name__:<24}"
+            shapes = f"{tuple(seen[name][0].shape)!s:<14} -> {tuple(output.shape)!s:<14}"
             parameters = sum(p.numel() for p in module.parameters())
-            print(f"{what}{shapes}{parameters:>11,}{counter.get_total_flops():>13,}")
+            print(f"{what}{shapes}{parameters:>11,}{counter.get_total_flops():>12,}")
     cls_token, pos_embed = tuple(model.cls_token.shape), tuple(model.pos_embed.shape)
     total, flops = sum(p.numel() for p in model.parameters()), config.flops_per_image
     print(f"blocks.1 to blocks.{config.depth - 1} are like blocks.0, with weights of their own.")
