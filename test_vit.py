@@ -1191,6 +1191,7 @@ def test_the_parameter_count_matches_the_formula(config):
 
 
 @given(seeds)
+@example(590683513)  # with torch 2.11's trunc_normal_ one weight is -2 here
 def test_initial_statistics_follow_the_table(seed):
     """Biases 0, LayerNorm gains 1, all else mean 0 and deviation 0.02. (4b has the tables.)
 

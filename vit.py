@@ -301,7 +301,8 @@ class VisionTransformer(nn.Module):
 
         Biases 0, LayerNorm gains 1, relative positions like a convolution, the rest normal with
         standard deviation 0.02. That is DeiT's choice. (It calls it truncated, but at +-2 = 100
-        standard deviations nothing is cut.)
+        standard deviations nothing is cut, and torch 2.11's trunc_normal_ draws a -2 by itself, once
+        in 2^24 numbers.)
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -311,7 +312,7 @@ class VisionTransformer(nn.Module):
             elif "norm" in name:
                 nn.init.ones_(parameter)
             else:
-                nn.init.trunc_normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=0.02)
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, D): the tokens that enter the first block."""
