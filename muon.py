@@ -39,21 +39,16 @@ class Muon(torch.optim.AdamW):
 
     groups: as for AdamW, each with "muon": True (matrices of one shape, orthogonalised in one go;
     torch.optim.Muon takes one at a time) or False (AdamW, to which betas and eps belong). step()
-    needs a gradient in every matrix, and leaves None there.
+    passes over what has no gradient, as AdamW does, and leaves none in Muon's matrices.
     """
-
-    def __init__(self, groups: list[dict], **options):
-        super().__init__(groups, **options)
-        # With a GradScaler, fused AdamW would skip an overflowing step on its own, without Muon.
-        self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            if not group["muon"]:
+            matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+            if not (group["muon"] and matrices):
                 continue
-            matrices, lr = group["params"], group["lr"]
-            gradients = [matrix.grad for matrix in matrices]
+            lr, gradients = group["lr"], [matrix.grad for matrix in matrices]
             for matrix in matrices:
                 matrix.grad = None  # AdamW passes over what has no gradient
                 if not self.state[matrix]:  # AdamW wants a step in every state it loads

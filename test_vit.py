@@ -58,7 +58,7 @@ pools = st.sampled_from(["cls", "mean"])
 
 
 @st.composite
-def configs(draw, pools=pools):
+def configs(draw, pools=pools, biases=st.booleans()):
     """Sizes are distinct small numbers, multiplied, so that no two axes agree by accident.
 
     The rates are not zero: in eval mode, where most tests run, they must not matter.
@@ -77,11 +77,13 @@ def configs(draw, pools=pools):
         attn_dropout=0.2,
         drop_path=0.3,
         pool=draw(pools),
+        relative_position_bias=draw(biases),
     )
 
 
 # The edge of everything: one patch, one channel, one head, one block.
 EDGE = ViTConfig(3, 3, 1, num_classes=2, dim=5, depth=1, heads=1, mlp_ratio=1.0)
+EDGE_WITH_BIAS = replace(EDGE, relative_position_bias=True)
 
 both_paths = pytest.mark.parametrize("fused", [False, True], ids=["explicit", "fused"])
 
@@ -114,7 +116,7 @@ def scrambled(module, g, fused=None):
             noise *= 1.5 / math.sqrt(parameter[0].numel())  # fan-in
         elif name.endswith("weight"):
             noise = 1 + 0.5 * noise  # LayerNorm gain
-        parameter.data = noise  # also biases, class token and positions
+        parameter.data = noise  # also biases, class token, positions absolute and relative
     for part in module.modules():
         if isinstance(part, MultiHeadAttention):
             part.fused = fused
@@ -177,9 +179,45 @@ def is_dropout_of(x, dropped, rate):
 
 # ---- The oracle built from torch's parts ----
 
+
+def bias_by_loops(table, config):
+    """(h, N, N) by its definition: one row of the table for each displacement, key minus query.
+
+    The rows are in reading order: from S - 1 up and S - 1 left to S - 1 down and S - 1 right.
+    """
+    S = config.image_size // config.patch_size
+    places = list(itertools.product(range(S), repeat=2))
+    bias = table.new_zeros(config.heads, config.num_tokens, config.num_tokens)
+    rows = [
+        [(2 * S - 1) * (down - r + S - 1) + (right - c + S - 1) for down, right in places]
+        for r, c in places
+    ]
+    bias[:, -(S**2) :, -(S**2) :] = table[torch.tensor(rows)].permute(2, 0, 1)
+    return bias
+
+
+class TorchAttention(nn.MultiheadAttention):
+    """torch's, with relative position bias as its mask of floats where the config wants it."""
+
+    def __init__(self, config):
+        super().__init__(config.dim, config.heads, batch_first=True)
+        self.config, side = config, config.image_size // config.patch_size
+        if config.relative_position_bias:
+            table = torch.empty((2 * side - 1) ** 2, config.heads)
+            self.relative_position_bias_table = nn.Parameter(table)
+
+    def forward(self, q, k, v, attn_mask=None, **options):
+        if self.config.relative_position_bias:
+            bias = bias_by_loops(self.relative_position_bias_table, self.config)
+            attn_mask = bias.repeat(len(q), 1, 1)  # (B h, N, N)
+        return super().forward(q, k, v, attn_mask=attn_mask, **options)
+
+
+ATTENTION_NAMES = {"qkv.": "in_proj_", "proj.": "out_proj."}
 LAYER_NAMES = {
     "attn.qkv.": "self_attn.in_proj_",
     "attn.proj.": "self_attn.out_proj.",
+    "attn.relative": "self_attn.relative",
     "mlp.fc": "linear",
 }
 MODEL_NAMES = {
@@ -192,7 +230,7 @@ MODEL_NAMES = {
 
 def torch_layer(config):
     """To be used in train mode: in eval mode torch may replace the arithmetic by a fast path."""
-    return nn.TransformerEncoderLayer(
+    layer = nn.TransformerEncoderLayer(
         config.dim,
         config.heads,
         int(config.dim * config.mlp_ratio),
@@ -202,6 +240,8 @@ def torch_layer(config):
         batch_first=True,
         norm_first=True,
     )
+    layer.self_attn = TorchAttention(config)
+    return layer
 
 
 class TorchViT(nn.Module):
@@ -285,6 +325,7 @@ def test_the_default_config_is_deit_tiny_for_images_of_32_pixels():
         "attn_dropout": 0.0,
         "drop_path": 0.0,
         "pool": "cls",
+        "relative_position_bias": False,
     }
 
 
@@ -492,7 +533,7 @@ def test_every_token_including_the_class_token_receives_its_own_position(config,
     close(model.embed(draw_images(config, batch, g)), expected)
 
 
-@given(configs(), seeds)
+@given(configs(biases=st.just(False)), seeds)
 def test_without_positions_the_model_ignores_patch_order_and_with_them_it_does_not(config, seed):
     """Attention reads a set of tokens; the table is all that tells it where a patch was."""
     g = generator(seed)
@@ -572,17 +613,26 @@ def test_attention_weights_are_a_distribution_over_keys(config, seed):
 
 @given(configs(), seeds)
 @example(EDGE, 0)
+@example(EDGE_WITH_BIAS, 0)
 def test_the_explicit_formula_equals_torch_scaled_dot_product_attention(config, seed):
-    """softmax(q k^T / sqrt(d)) v, d the width of a head and not of the model."""
-    qkv, results = draw_qkv(config, generator(seed)).requires_grad_(), []
-    for output in (attention(*qkv)[0], F.scaled_dot_product_attention(*qkv)):
+    """softmax(q k^T / sqrt(d) + bias) v, d the width of a head and not of the model."""
+    g, results = generator(seed), []
+    wanted, bias = [draw_qkv(config, g).requires_grad_()], None
+    if config.relative_position_bias:
+        bias = normal(g, config.heads, config.num_tokens, config.num_tokens).requires_grad_()
+        wanted.append(bias)
+    for output in (
+        attention(*wanted[0], bias)[0],
+        F.scaled_dot_product_attention(*wanted[0], attn_mask=bias),
+    ):
         weighting = normal(generator(0), *output.shape)
-        results.append([output, *torch.autograd.grad(output, qkv, weighting)])
+        results.append([output, *torch.autograd.grad(output, wanted, weighting)])
     close(*results)
 
 
 @given(configs(), batches, seeds)
 @example(EDGE, 1, 0)
+@example(EDGE_WITH_BIAS, 1, 0)
 def test_the_fused_path_equals_the_explicit_path_forward_and_backward(config, batch, seed):
     """One module, one input: outputs, and gradients by the input and every parameter."""
     g = generator(seed)
@@ -620,24 +670,25 @@ def test_left_alone_the_fused_call_serves_accelerators_and_the_formula_a_cpu(
 @both_paths
 @given(configs(), batches, seeds)
 @example(EDGE, 1, 0)
+@example(EDGE_WITH_BIAS, 1, 0)
 def test_multi_head_attention_equals_torch_multihead_attention(fused, config, batch, seed):
     """Asked for its weights, torch's module too takes the explicit road; one set for each head."""
     g = generator(seed)
     ours = scrambled(MultiHeadAttention(config), g, fused)
-    oracle = nn.MultiheadAttention(config.dim, config.heads, batch_first=True).double()
-    names = {"qkv.": "in_proj_", "proj.": "out_proj."}
-    oracle.load_state_dict(renamed(ours.state_dict(), names))
+    oracle = TorchAttention(config).double()
+    oracle.load_state_dict(renamed(ours.state_dict(), ATTENTION_NAMES))
     x = draw_tokens(config, batch, g).requires_grad_()
     actual = ours(x)
     expected, weights = oracle(x, x, x, need_weights=True, average_attn_weights=False)
     close(actual, expected)
-    close(attention(*ours.split(x))[1], weights)
-    close(renamed(gradients(actual, ours, x), names), gradients(expected, oracle, x))
+    close(attention(*ours.split(x), ours.bias())[1], weights)
+    close(renamed(gradients(actual, ours, x), ATTENTION_NAMES), gradients(expected, oracle, x))
 
 
 @both_paths
 @given(configs(), batches, seeds)
 @example(EDGE, 1, 0)
+@example(EDGE_WITH_BIAS, 1, 0)
 def test_attention_maps_are_the_weights_the_forward_pass_uses(fused, config, batch, seed):
     """maps[l, b, h, i, j]: how much token i reads from token j in head h of block l."""
     g = generator(seed)
@@ -670,15 +721,18 @@ def test_one_head_and_many_heads_agree_when_weights_are_block_diagonal(fused, co
     many.qkv.bias.data = torch.cat([torch.cat(parts) for parts in biases])
     many.proj.weight.data = torch.block_diag(*(single.proj.weight for single in singles))
     many.proj.bias.data = torch.cat([single.proj.bias for single in singles])
+    if config.relative_position_bias:
+        tables = [single.relative_position_bias_table for single in singles]
+        many.relative_position_bias_table.data = torch.cat(tables, 1)
     x = draw_tokens(config, 2, g)
     expected = [single(part) for single, part in zip(singles, x.split(d, -1))]
     close(many(x), torch.cat(expected, -1))
 
 
 @both_paths
-@given(configs(), seeds)
+@given(configs(biases=st.just(False)), seeds)
 def test_permuting_tokens_permutes_the_output(fused, config, seed):
-    """f(x[order]) = f(x)[order]: attention has no idea of places."""
+    """f(x[order]) = f(x)[order]: attention has no idea of places, unless it is given a bias."""
     g = generator(seed)
     ours = scrambled(MultiHeadAttention(config), g, fused)
     x, order = draw_tokens(config, 2, g), torch.randperm(config.num_tokens, generator=g)
@@ -692,6 +746,93 @@ def test_an_image_does_not_depend_on_its_batch_mates(fused, config, seed):
     g = generator(seed)
     model, images = scrambled(VisionTransformer(config), g, fused), draw_images(config, 3, g)
     close(model(images), torch.cat([model(image[None]) for image in images]))
+
+
+# ---- 4b Relative position bias ----
+
+# Key minus query, (rows down, columns right), of the first nine heads.
+NEIGHBOURS = [(0, 0), (-1, 0), (0, -1), (0, 1), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]
+with_bias = configs(biases=st.just(True))
+
+
+@given(with_bias, seeds)
+@example(EDGE_WITH_BIAS, 0)
+def test_the_bias_is_one_number_for_each_head_and_displacement(config, seed):
+    """By plain loops over queries and keys; the class token, row and column 0, takes no part."""
+    layer = scrambled(MultiHeadAttention(config), generator(seed))
+    table = layer.relative_position_bias_table
+    assert table.shape == ((2 * config.image_size // config.patch_size - 1) ** 2, config.heads)
+    close(layer.bias(), bias_by_loops(table, config))
+    if config.pool == "cls":
+        assert (layer.bias()[:, 0] == 0).all() and (layer.bias()[:, :, 0] == 0).all()
+
+
+@both_paths
+@given(with_bias, seeds)
+def test_a_table_of_zeros_changes_nothing(fused, config, seed):
+    """Else weights of a model without it could not be loaded into one with it."""
+    g = generator(seed)
+    model = scrambled(VisionTransformer(config), g, fused)
+    plain = scrambled(VisionTransformer(replace(config, relative_position_bias=False)), g, fused)
+    state = model.state_dict()
+    tables = {f"blocks.{i}.attn.relative_position_bias_table" for i in range(config.depth)}
+    plain.load_state_dict({name: state[name] for name in state.keys() - tables})  # strict
+    images = draw_images(config, 2, g)
+    differ(model(images), plain(images))
+    for name in tables:
+        state[name].zero_()
+    close(model(images), plain(images))
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_at_the_start_each_head_looks_at_its_own_neighbour(pool):
+    """On equal keys, among the patches, from every patch that has such a neighbour on all sides."""
+    config = ViTConfig(dim=18, depth=2, heads=9, pool=pool, relative_position_bias=True)
+    model = VisionTransformer(config)
+    for block in model.blocks:
+        block.attn.qkv.weight.data.zero_()
+    maps = model.attention_maps(torch.zeros(1, 3, 32, 32))[:, 0, :, -64:, -64:]
+    for (head, (down, right)), r, c in itertools.product(enumerate(NEIGHBOURS), *2 * [range(1, 7)]):
+        weights, neighbour = maps[:, head, 8 * r + c], 8 * (r + down) + c + right
+        assert (weights.argmax(-1) == neighbour).all()
+        assert (weights[:, neighbour] > 10 / 64).all()  # ten times what chance gives
+
+
+@pytest.mark.parametrize("side, heads", [(1, 1), (1, 3), (2, 9), (2, 11), (3, 7), (4, 30)])
+def test_the_table_starts_as_minus_the_squared_distance_and_at_least_minus_four(side, heads):
+    """To each head's own displacement: nearest first, then in reading order, then from the start.
+
+    So there may be more heads than displacements: (2 S - 1)^2 = 1, 9, 25, 49.
+    """
+    all_displacements = list(itertools.product(range(1 - side, side), repeat=2))
+    nearest_first = sorted(all_displacements, key=lambda place: place[0] ** 2 + place[1] ** 2)
+    owns = list(itertools.islice(itertools.cycle(nearest_first), heads))
+    assert side == 1 or owns[:9] == NEIGHBOURS[:heads]
+    expected = [
+        [-min(4, (down - y) ** 2 + (right - x) ** 2) for y, x in owns]
+        for down, right in all_displacements
+    ]
+    sizes = {"image_size": 4 * side, "dim": 2 * heads, "depth": 2, "heads": heads}
+    config = ViTConfig(**sizes, relative_position_bias=True)
+    for block in VisionTransformer(config).blocks:
+        assert block.attn.relative_position_bias_table.tolist() == expected
+
+
+@given(configs(biases=st.just(False)), seeds)
+def test_the_bias_leaves_every_other_name_and_initial_weight_as_it_is(config, seed):
+    """Bit for bit, from the same seed: with and without differ by the tables and nothing else."""
+    states = []
+    for bias in (False, True):
+        with global_seed(seed):
+            model = VisionTransformer(replace(config, relative_position_bias=bias))
+        states.append(model.state_dict())
+    off, on = states
+    tables = [f"blocks.{i}.attn.relative_position_bias_table" for i in range(config.depth)]
+    assert sorted(on) == sorted([*off, *tables])
+    assert all(torch.equal(off[name], on[name]) for name in off)
+
+
+# ---- 4c Dropout in attention ----
 
 
 @both_paths
@@ -761,6 +902,7 @@ def test_the_mlp_is_two_linears_around_an_exact_gelu(config, batch, seed):
 @both_paths
 @given(configs(), batches, seeds)
 @example(EDGE, 1, 0)
+@example(EDGE_WITH_BIAS, 1, 0)
 def test_the_block_equals_torch_transformer_encoder_layer(fused, config, batch, seed):
     """x + Attention(Norm1(x)), then x + MLP(Norm2(x)): outputs and every gradient."""
     g = generator(seed)
@@ -872,6 +1014,7 @@ def test_with_all_rates_zero_training_is_evaluation_and_draws_no_random_number(f
 @both_paths
 @given(configs(), batches, seeds)
 @example(EDGE, 1, 0)
+@example(EDGE_WITH_BIAS, 1, 0)
 @example(replace(EDGE, pool="mean"), 1, 0)
 def test_the_model_equals_one_built_from_torch_parts(fused, config, batch, seed):
     """F.unfold and a linear map, nn.TransformerEncoder with a final norm, nn.Linear as the head."""
@@ -881,7 +1024,7 @@ def test_the_model_equals_one_built_from_torch_parts(fused, config, batch, seed)
 
 
 @both_paths
-@given(configs(pools=st.just("cls")), batches, seeds)
+@given(configs(pools=st.just("cls"), biases=st.just(False)), batches, seeds)
 @example(EDGE, 1, 0)
 def test_the_model_equals_torchvisions_vision_transformer(fused, config, batch, seed):
     """The same network by a second author, who has three channels and a class token."""
@@ -956,10 +1099,11 @@ def test_eval_mode_is_deterministic_and_train_mode_is_not(rate, fused):
 
 
 @both_paths
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_under_autocast_the_residual_stream_stays_in_the_autocast_dtype(pool, fused):
+def test_under_autocast_the_residual_stream_stays_in_the_autocast_dtype(pool, bias, fused):
     """bf16 plus a float32 table is float32, so class token and positions have to be cast."""
-    config, dtypes = ViTConfig(depth=2, pool=pool), []
+    config, dtypes = ViTConfig(depth=2, pool=pool, relative_position_bias=bias), []
     model = VisionTransformer(config)
     for block in model.blocks:
         block.attn.fused = fused
@@ -969,6 +1113,53 @@ def test_under_autocast_the_residual_stream_stays_in_the_autocast_dtype(pool, fu
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.zeros(2, 3, 32, 32))
     assert dtypes == [torch.bfloat16] * 4
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_under_autocast_the_attention_weights_stay_in_the_autocast_dtype(bias):
+    """They are the largest tensors of all; a float32 table added to them would double them."""
+    model = VisionTransformer(ViTConfig(depth=2, relative_position_bias=bias))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.attention_maps(torch.zeros(2, 3, 32, 32)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_the_residual_stream_is_contiguous_in_every_block(pool):
+    """The patches come out of the convolution as columns. Left so, every norm would copy them."""
+    model, contiguous = VisionTransformer(ViTConfig(dim=12, depth=3, pool=pool)), []
+    for block in model.blocks:
+        block.register_forward_hook(
+            lambda module, inputs, output: contiguous.extend(
+                [inputs[0].is_contiguous(), output.is_contiguous()]
+            )
+        )
+    model(torch.zeros(2, 3, 32, 32))
+    assert contiguous == [True] * 6
+
+
+def traced(model, images):
+    return torch.jit.trace(model, images)
+
+
+def exported(model, images):
+    batch = torch.export.Dim("batch")
+    return torch.export.export(model, (images,), dynamic_shapes=({0: batch},)).module()
+
+
+# Tracing compares shapes as the model runs, which is what it warns about.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("record", [traced, exported])
+def test_a_traced_or_exported_model_takes_any_batch_size(record, bias, pool):
+    """Recorded with three images, it agrees on one and on five."""
+    g = generator(0)
+    config = ViTConfig(16, dim=12, depth=2, pool=pool, relative_position_bias=bias)
+    model = scrambled(VisionTransformer(config), g)
+    recorded = record(model, draw_images(config, 3, g))
+    for batch in (1, 3, 5):
+        images = draw_images(config, batch, g)
+        close(recorded(images), model(images))
 
 
 @given(configs(), batches)
@@ -988,6 +1179,8 @@ def test_the_parameter_count_matches_the_formula(config):
     cls = config.pool == "cls"
     embedding = (C * p * p + 1) * D + cls * D + (P + cls) * D  # patches, class token, positions
     block = (4 * D * D + 4 * D) + (2 * D * M + M + D) + 4 * D  # attention, MLP, two norms
+    if config.relative_position_bias:
+        block += (2 * config.image_size // p - 1) ** 2 * config.heads
     total = embedding + config.depth * block + 2 * D + (D + 1) * K  # final norm, head
     model = VisionTransformer(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == total
@@ -998,8 +1191,9 @@ def test_the_parameter_count_matches_the_formula(config):
 
 
 @given(seeds)
+@example(590683513)  # with torch 2.11's trunc_normal_ one weight is -2 here
 def test_initial_statistics_follow_the_table(seed):
-    """Biases 0, LayerNorm gains 1, all else mean 0 and deviation 0.02.
+    """Biases 0, LayerNorm gains 1, all else mean 0 and deviation 0.02. (4b has the tables.)
 
     Within six standard errors, which are passed once in 1e8 times: for the 192 numbers of the
     class token that is 31 % of the deviation, for a matrix at most 10 %.
@@ -1066,11 +1260,17 @@ def test_the_same_seed_builds_the_same_model(config, seed):
 @given(configs(), seeds)
 @example(EDGE, 0)
 def test_every_parameter_receives_a_gradient(fused, config, seed):
-    """And every pixel row, every row of every matrix, and every position."""
+    """And every pixel row, every row of every matrix, every position and every displacement.
+
+    But for one table: in the last block only the class token is read, and its bias is always 0.
+    """
     g = generator(seed)
     model = scrambled(VisionTransformer(config), g, fused)
     images = draw_images(config, 3, g).requires_grad_()
-    for name, gradient in gradients(model(images), model, images).items():
+    found = gradients(model(images), model, images)
+    if config.pool == "cls" and config.relative_position_bias:
+        del found[f"blocks.{config.depth - 1}.attn.relative_position_bias_table"]
+    for name, gradient in found.items():
         assert (gradient != 0).any(-1).all(), name
 
 
@@ -1082,10 +1282,10 @@ def tour(capsys):
     return capsys.readouterr().out.splitlines()
 
 
-def test_the_tour_fits_a_screen_of_24_lines_and_120_columns(capsys):
+def test_the_tour_fits_a_screen_of_24_lines_and_100_columns(capsys):
     """A tour that scrolls away is not one."""
     lines = tour(capsys)
-    assert len(lines) <= 24 and max(map(len, lines)) <= 120
+    assert len(lines) <= 24 and max(map(len, lines)) <= 100
 
 
 def test_the_rows_of_the_tour_add_up_to_its_totals(capsys):

@@ -8,8 +8,9 @@ A Vision Transformer, bottom-up: every name is defined before it is used.
       final norm, then pool             (B, D)         the class token, or the mean over tokens
       head                              (B, K)         logits
 
-Axes:  B batch   C channels   H, W image height and width   P patches   N tokens
-       D model width (dim)    h heads   d = D / h width of a head       K classes
+Axes:  B batch   C channels   H, W image height and width   K classes
+       P patches = S x S, the patches along a side   N tokens
+       D model width (dim)   h heads   d = D / h width of a head
 
 The papers: Vaswani et al. 2017 (Transformer), Dosovitskiy et al. 2021 (ViT), Touvron et al. 2021
 (DeiT). Parameter names and shapes are timm's, so weights can be exchanged with
@@ -46,10 +47,11 @@ class ViTConfig:
     attn_dropout: float = 0.0  # on the attention weights
     drop_path: float = 0.0  # chance to skip a branch of the last block; rises linearly from 0
     pool: str = "cls"  # what the head reads: "cls" (the class token) or "mean" (the average token)
-    relative_position_bias: bool = False  # add a learned number a head and displacement to scores
+    relative_position_bias: bool = False  # add a learned number by head and displacement to scores
 
     def __post_init__(self):
-        for name in "image_size patch_size in_channels num_classes dim depth heads".split():
+        sizes = ("image_size", "patch_size", "in_channels", "num_classes", "dim", "depth", "heads")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.image_size % self.patch_size:
@@ -67,8 +69,12 @@ class ViTConfig:
             raise ValueError(f'pool must be "cls" or "mean", got "{self.pool}"')
 
     @property
+    def side(self) -> int:  # S
+        return self.image_size // self.patch_size
+
+    @property
     def num_patches(self) -> int:  # P
-        return (self.image_size // self.patch_size) ** 2
+        return self.side**2
 
     @property
     def num_tokens(self) -> int:  # N
@@ -121,40 +127,40 @@ class PatchEmbedding(nn.Module):
             expected = ", ".join(map(str, self.shape))
             raise ValueError(f"expected images of shape (B, {expected}), got {tuple(images.shape)}")
         x = self.proj(images)  # (B, D, H/patch, W/patch)
-        return x.flatten(2).transpose(1, 2)  # (B, P, D)
+        return x.flatten(2).transpose(1, 2).contiguous()  # (B, P, D), in memory too
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Scaled dot-product attention: softmax(q k^T / sqrt(d) + bias) v (Vaswani 2017, eq. 1).
 
-    q, k, v: (..., N, d). bias: (..., N, N) or None. Returns the output
-    (..., N, d) and the weights (..., N, N): row i says how much token i reads from each token, and
-    sums to 1. Dropout silences single weights on their way to v. The scale keeps the scores'
-    variance at 1 whatever the width d of a head.
+    q, k, v: (..., N, d). bias: (..., N, N). Returns the output (..., N, d) and the weights
+    (..., N, N): row i says how much token i reads from each token, and sums to 1. Dropout silences
+    single weights on their way to v. The scale keeps the scores' variance at 1 whatever the width d
+    of a head.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (..., N, N)
     if bias is not None:
-        scores = scores + bias.to(scores.dtype)
+        scores = scores + bias.to(scores.dtype)  # under autocast scores have 16 bits, and keep them
     weights = scores.softmax(dim=-1)
     return F.dropout(weights, dropout) @ v, weights
 
 
 def start_like_convolution(side: int, heads: int) -> Tensor:
-    """The relative position bias before training: float32 ((2 side - 1)^2, heads).
+    """float32 ((2 S - 1)^2, h): the bias by displacement and head, before training.
 
-    Row r is one displacement (rows down, columns right) from query to key, in reading order. Head j
-    prefers one displacement of its own, and others the less the farther they are from it: the first
-    nine heads see the 3x3 neighbourhood, as a convolution does (Cordonnier 2020, eq. 10), and are
-    free to unlearn it. -1 x squared distance, not below -4.
+    Every head prefers one displacement, the nearest first: here, above, left, right, below, the
+    four corners, and so on. The others get minus their squared distance to it, but at least -4.
+    Nine heads then read what a 3x3 convolution reads, by the quadratic form of Cordonnier 2020, and
+    are free to unlearn it (as in ConViT, d'Ascoli 2021).
     """
     steps = torch.arange(1 - side, side)
-    displacements = torch.cartesian_prod(steps, steps)  # ((2 side - 1)^2, 2)
+    displacements = torch.cartesian_prod(steps, steps)  # ((2 S - 1)^2, 2): rows down, columns right
     nearest_first = displacements[displacements.square().sum(1).argsort(stable=True)]
-    own = nearest_first[torch.arange(heads) % len(nearest_first)]  # (heads, 2): here, above, ...
-    distance = (displacements[:, None] - own).square().sum(2)  # ((2 side - 1)^2, heads)
-    return -distance.clamp(max=4).float()
+    own = nearest_first[torch.arange(heads) % len(nearest_first)]  # (h, 2)
+    distances = (displacements[:, None] - own).square().sum(2)  # squared: ((2 S - 1)^2, h)
+    return -distances.clamp(max=4).float()
 
 
 class MultiHeadAttention(nn.Module):
@@ -175,13 +181,9 @@ class MultiHeadAttention(nn.Module):
         self.proj = nn.Linear(config.dim, config.dim)
         self.relative_position_bias_table = None
         if config.relative_position_bias:
-            side = config.image_size // config.patch_size
-            self.has_token = config.pool == "cls"
-            self.relative_position_bias_table = nn.Parameter(torch.empty((2 * side - 1) ** 2, self.heads))
-            place = torch.cartesian_prod(torch.arange(side), torch.arange(side))  # (P, 2)
-            displacement = place[None, :] - place[:, None] + side - 1  # key minus query, from 0
-            index = displacement[..., 0] * (2 * side - 1) + displacement[..., 1]  # (P, P)
-            self.register_buffer("relative_position_index", index, persistent=False)
+            table = torch.empty((2 * config.side - 1) ** 2, config.heads)
+            self.relative_position_bias_table = nn.Parameter(table)
+        self.side, self.class_tokens = config.side, config.num_tokens - config.num_patches
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project x and split it into queries, keys and values of every head, each (B, h, N, d)."""
@@ -190,24 +192,29 @@ class MultiHeadAttention(nn.Module):
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (3, B, h, N, d)
 
     def bias(self) -> Tensor | None:
-        """(h, N, N): what is added to the scores, by displacement. The class token has no place."""
+        """(h, N, N): what is added to the scores (Swin, Liu 2021, eq. 4). The class token gets 0.
+
+        The table has a row for every displacement from query to key, S - 1 patches up and left to
+        S - 1 down and right. Seen as a picture, a query reads an S x S window of it, a number a
+        key, and the last query reads the first window.
+        """
         if self.relative_position_bias_table is None:
             return None
-        bias = self.relative_position_bias_table[self.relative_position_index]  # (P, P, h)
-        bias = bias.permute(2, 0, 1)  # (h, P, P)
-        return F.pad(bias, (1, 0, 1, 0)) if self.has_token else bias  # (h, N, N)
+        S = self.side
+        table = self.relative_position_bias_table.unflatten(0, (2 * S - 1, 2 * S - 1))
+        windows = table.unfold(0, S, 1).unfold(1, S, 1).flip(0, 1)  # (S, S, h, S, S)
+        bias = windows.permute(2, 0, 1, 3, 4).flatten(3).flatten(1, 2)  # (h, P, P)
+        return F.pad(bias, (self.class_tokens, 0) * 2)  # (h, N, N)
 
     def forward(self, x: Tensor) -> Tensor:
         expect(x, "B", "N", self.proj.in_features)
         q, k, v = self.split(x)  # (B, h, N, d) each
-        bias = self.bias()
         dropout = self.dropout if self.training else 0.0
         fused = x.device.type != "cpu" if self.fused is None else self.fused
         if fused:
-            bias = bias if bias is None else bias.to(q.dtype)
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+            x = F.scaled_dot_product_attention(q, k, v, self.bias(), dropout)
         else:
-            x, _ = attention(q, k, v, dropout, bias)
+            x, _ = attention(q, k, v, self.bias(), dropout)
         return self.proj(x.transpose(1, 2).flatten(2))  # the heads side by side: (B, N, D)
 
 
@@ -290,27 +297,28 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """All initialisation, in one place: biases 0, LayerNorm gains 1, the rest normal, std 0.02.
+        """All initialisation, in one place.
 
-        DeiT's choice. (It calls it truncated, but at +-2 = 100 standard deviations nothing is ever
-        cut.)
+        Biases 0, LayerNorm gains 1, relative positions like a convolution, the rest normal with
+        standard deviation 0.02. That is DeiT's choice. (It calls it truncated, but at +-2 = 100
+        standard deviations nothing is cut, and torch 2.11's trunc_normal_ draws a -2 by itself, once
+        in 2^24 numbers.)
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif name.endswith("relative_position_bias_table"):
-                side = self.config.image_size // self.config.patch_size
-                parameter.copy_(start_like_convolution(side, self.config.heads))
+            elif name.endswith("bias_table"):
+                parameter.copy_(start_like_convolution(self.config.side, self.config.heads))
             elif "norm" in name:
                 nn.init.ones_(parameter)
             else:
-                nn.init.trunc_normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=0.02)
 
     def embed(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, D): the tokens that enter the first block."""
         x = self.patch_embed(images)  # (B, P, D)
         if self.cls_token is not None:
-            cls_token = self.cls_token.to(x.dtype).expand(len(x), -1, -1)
+            cls_token = self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat([cls_token, x], dim=1)  # (B, N, D)
         # Under autocast x is 16 bits wide and pos_embed 32. Their plain sum would have 32, and with
         # it the residual stream of all blocks, at twice the memory traffic.
@@ -333,8 +341,8 @@ class VisionTransformer(nn.Module):
         """
         x, maps = self.embed(images), []
         for block in self.blocks:
-            q, k, v = block.attn.split(block.norm1(x))
-            _, weights = attention(q, k, v, bias=block.attn.bias())  # (B, h, N, N)
+            qkv = block.attn.split(block.norm1(x))
+            _, weights = attention(*qkv, block.attn.bias())  # (B, h, N, N)
             maps.append(weights)
             x = block(x)
         return torch.stack(maps)
@@ -346,8 +354,8 @@ def main():
 
     config = ViTConfig()
     model = VisionTransformer(config).eval()
-    inside = "norm1 attn.qkv attn.proj attn norm2 mlp.fc1 mlp.fc2 mlp".split()
-    names = ["patch_embed", *(f"blocks.0.{part}" for part in inside), "blocks.0", "norm", "head"]
+    parts = ("norm1", "attn.qkv", "attn.proj", "attn", "norm2", "mlp.fc1", "mlp.fc2", "mlp")
+    names = ("patch_embed", *(f"blocks.0.{part}" for part in parts), "blocks.0", "norm", "head")
 
     seen = {}  # name -> what forward() was given there
     hooks = [
@@ -360,16 +368,16 @@ def main():
         model(torch.zeros(1, config.in_channels, config.image_size, config.image_size))
         for hook in hooks:
             hook.remove()
-        columns = f"{'name':<20}{'module':<25}{'input':<16}   {'output':<13}"
-        print(f"{columns}{'parameters':>11}{'FLOPs':>13}")
+        columns = f"{'name':<20}{'module':<24}{'input':<14}    {'output':<14}"
+        print(f"{columns}{'parameters':>11}{'FLOPs':>12}")
         for name in names:
             module = model.get_submodule(name)
             with FlopCounterMode(display=False) as counter:
                 output = module(*seen[name])
-            what = f"{name:<20}{type(module).__name__:<25}"
-            shapes = f"{tuple(seen[name][0].shape)!s:<16}-> {tuple(output.shape)!s:<13}"
+            what = f"{name:<20}{type(module).__name__:<24}"
+            shapes = f"{tuple(seen[name][0].shape)!s:<14} -> {tuple(output.shape)!s:<14}"
             parameters = sum(p.numel() for p in module.parameters())
-            print(f"{what}{shapes}{parameters:>11,}{counter.get_total_flops():>13,}")
+            print(f"{what}{shapes}{parameters:>11,}{counter.get_total_flops():>12,}")
     cls_token, pos_embed = tuple(model.cls_token.shape), tuple(model.pos_embed.shape)
     total, flops = sum(p.numel() for p in model.parameters()), config.flops_per_image
     print(f"blocks.1 to blocks.{config.depth - 1} are like blocks.0, with weights of their own.")
