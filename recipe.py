@@ -200,6 +200,12 @@ def resolve(preset: dict, flags: dict, saved: dict | None) -> dict:
         if "batch_size" in flags and "lr" not in flags:
             values["lr"] = scaled_lr(preset, flags["batch_size"])
         return values
+    knobs = {knob.name: knob.default for c in (TrainConfig, ViTConfig) for knob in fields(c)}
+    if unknown := sorted(saved.keys() - knobs.keys()):
+        raise ValueError(
+            f"the run to resume is of another version of this program: it has {', '.join(unknown)}"
+        )
+    saved = {**knobs, **saved}  # a knob that is younger than the run was at its default
     for name, value in {**preset, **flags}.items():
         if name not in (*SESSION, *MAY_CHANGE) and value != saved[name]:
             source = "" if name in flags else " of the --preset"
