@@ -239,10 +239,10 @@ def follow_data(values: dict, n: int, n_val: int = 0) -> dict:
     if values.get("val_size") is None:
         values["val_size"] = n_val or max(1, n // 10)
     rest = n if n_val else n - values["val_size"]
-    if "batch_size" not in values:
+    if "batch_size" not in values and rest > 0:
         steps = max(1, rest // 32)
         values["batch_size"] = min(
-            max(8, 2 ** (steps.bit_length() - 1)), TrainConfig.batch_size, max(1, rest)
+            max(8, 2 ** (steps.bit_length() - 1)), TrainConfig.batch_size, rest
         )
         values.setdefault("lr", scaled_lr({}, values["batch_size"]))
     if n < 10_000:
