@@ -439,7 +439,7 @@ def test_a_run_of_another_version_is_refused_if_it_has_a_knob_that_is_unknown_he
 # ---- What follows from the data ----
 
 
-@pytest.mark.parametrize("n", [2, 3, 7, 11, 19, 20, 60, 300, 9_999, 10_000, 50_000, 10**6])
+@pytest.mark.parametrize("n", [2, 3, 7, 11, 20, 60, 300, 511, 512, 9_999, 10_000, 50_000, 10**6])
 @pytest.mark.parametrize("own_val", [0, 5])
 def test_the_defaults_follow_the_data(n, own_val):
     """A tenth is held out, at least one; the batch is the largest power of two from 8 to 1024 that
