@@ -76,7 +76,9 @@ def read_log(path: str) -> list[dict]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-        history = [{key: float(row[key]) if row[key] else None for key in NAMES} for row in rows]
+        history = [
+            {key: None if row[key] == "" else float(row[key]) for key in NAMES} for row in rows
+        ]
         if any(row["epoch"] is None for row in history):
             raise ValueError
         return history
