@@ -105,10 +105,9 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
 def describe_model(config) -> str:
     """The network of a ViTConfig, in one line: it can be said before the data are loaded."""
     size, token = config.image_size, " + class token" if config.pool == "cls" else ""
-    bias = ", relative position bias" if config.relative_position_bias else ""
     return (
         f"model    {size}x{size} pixels, patch {config.patch_size}: {config.num_patches} patches"
-        f"{token} | dim {config.dim}, depth {config.depth}, heads {config.heads}{bias}"
+        f"{token} | dim {config.dim}, depth {config.depth}, heads {config.heads}"
     )
 
 
@@ -116,18 +115,19 @@ def describe_run(run, steps: int) -> str:
     """A train.Run before its first epoch, in lines of at most 100 characters."""
     config, dataset, facts = run.config, run.dataset, run.versions
     parameters = sum(p.numel() for p in run.state.model.parameters())
+    bias = ", relative position bias" if run.vit_config.relative_position_bias else ""
     compiled = ", compiled" if run.state.compiled else ""
     dtype = str(run.state.dtype).removeprefix("torch.")
     lines = (
-        f"         {parameters:,} parameters | "
+        f"         {parameters:,} parameters{bias} | "
         f"{run.vit_config.flops_per_image / 1e6:,.1f} MFLOP an image forward",
         f"data     {config.dataset}: {len(run.train_set[0]):,} training, {len(run.val_set[0]):,} "
         f"validation, {len(dataset.test_images):,} test images, {len(dataset.classes)} classes",
         f"recipe   {config.epochs} epochs, {steps:,} steps of {config.batch_size} images | "
         f"seed {config.seed}",
         f"         {config.optimizer}, peak lr {config.lr:g}, weight decay {config.weight_decay:g}",
-        f"machine  {run.world} x {facts['device']}, {dtype}{compiled} | torch {facts['torch']}, "
-        f"commit {facts['commit']}",
+        f"machine  {run.world} x {facts['device']}, {dtype}{compiled}",
+        f"         torch {facts['torch']}, commit {facts['commit']}",
         f"         a large matrix product does {run.peak / 1e12:.2f} TFLOP/s: the 100 % of MFU",
     )
     return "\n".join(lines)
