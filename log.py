@@ -136,16 +136,21 @@ def describe_run(run, steps: int) -> str:
 def run_program(main) -> int:
     """main() as a program: a name that the terminal cannot print, a reader that goes away and an
     interrupt end in no traceback. Returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # closed, as by `>&-`
-            stream.reconfigure(errors="backslashreplace")
+    # None when closed, as by `>&-`; a notebook has streams of its own
+    streams = [s for s in (sys.stdout, sys.stderr) if hasattr(s, "reconfigure")]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
     try:
-        code = main()
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        try:
+            code = main()
+        except SystemExit as end:
+            code = end.code
+        for stream in streams:
+            stream.flush()
         return code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # as in `| head`; Python would try again to write at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in streams:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 141
