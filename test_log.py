@@ -47,34 +47,37 @@ def test_durations_are_shown_as_clocks_show_them(seconds, clock):
     assert log.hms(seconds) == clock
 
 
-TITLES = {  # what stands above a column, and how the largest number in it is shown
-    "epoch": ("epoch", 300, "300"),
-    "lr": ("lr", 1e-3, "1.0e-03"),
-    "train_loss": ("train loss", 123.45678, "123.4568"),
-    "val_loss": ("val loss", 123.45678, "123.4568"),
-    "val_accuracy": ("val acc", 1.0, "100.00%"),
-    "ema_accuracy": ("ema acc", 1.0, "100.00%"),
-    "train_accuracy": ("train acc", 1.0, "100.00%"),
-    "grad_norm": ("|grad|", 999.99, "999.99"),
-    "skipped_steps": ("skipped", 10_000, "10000"),
-    "images_per_second": ("img/s", 120_000.0, "120,000"),
-    "mfu": ("MFU", 0.995, "99.5%"),
+CELLS = {  # what stands above a column; the largest and the smallest number, and how it is shown
+    "epoch": ("epoch", {300: "300", 1: "1"}),
+    "lr": ("lr", {1e-3: "1.0e-03", 4e-9: "4.0e-09"}),
+    "train_loss": ("train loss", {123.45678: "123.4568", 0.0: "0.0000"}),
+    "val_loss": ("val loss", {123.45678: "123.4568", 0.0: "0.0000"}),
+    "val_accuracy": ("val acc", {1.0: "100.00%", 0.0: "0.00%"}),
+    "ema_accuracy": ("ema acc", {1.0: "100.00%", 0.0: "0.00%"}),
+    "train_accuracy": ("train acc", {1.0: "100.00%", 0.0: "0.00%"}),
+    "grad_norm": ("|grad|", {999.99: "999.99", 0.0: "0.00"}),
+    "skipped_steps": ("skipped", {10_000: "10000", 0: "0"}),
+    "images_per_second": ("img/s", {120_000.0: "120,000", 0.4: "0"}),
+    "mfu": ("MFU", {0.995: "99.5%", 0.0: "0.0%"}),
 }
 OPTIONAL = ("ema_accuracy", "skipped_steps")  # where there is no average, no loss scale
 UNUSED = [names for n in range(3) for names in itertools.combinations(OPTIONAL, n)]
 
 
 @pytest.mark.parametrize("unused", UNUSED)
-def test_every_number_stands_under_its_title_in_lines_of_at_most_100_characters(unused):
-    """Also the largest ones; columns that are not in use are not there."""
-    row = {name: value for name, (_, value, _) in TITLES.items()} | {"seconds": 9.0}
-    row |= dict.fromkeys(unused)
-    header, line = log.header(unused), log.line(row, 36_000, unused)
+@pytest.mark.parametrize("which, left, clock", [(0, 36_000, "10:00:00"), (1, 0, "0:00")])
+def test_every_number_stands_under_its_title_in_lines_of_at_most_100_characters(
+    which, left, clock, unused
+):
+    """The largest as well as the smallest; columns that are not in use are not there."""
+    used = {name: cell for name, cell in CELLS.items() if name not in unused}
+    row = dict.fromkeys(NAMES) | {name: list(cell[1])[which] for name, cell in used.items()}
+    titles = [*(title for title, _ in used.values()), "left"]
+    texts = [*(list(cell[1].values())[which] for cell in used.values()), clock]
+    header, line = log.header(unused), log.line(row, left, unused)
+    assert header.split() == " ".join(titles).split() and line.split() == texts
     assert len(header) == len(line) <= 100
-    used = [TITLES[name] for name in TITLES if name not in unused]
-    assert header.split() == [*" ".join(title for title, _, _ in used).split(), "left"]
-    assert line.split() == [*(text for _, _, text in used), "10:00:00"]
-    for title, _, text in [*used, ("left", 0, "10:00:00")]:
+    for title, text in zip(titles, texts, strict=True):
         end = header.index(title) + len(title)
         assert line[:end].endswith(text) and line[end : end + 1] in (" ", "")
 
