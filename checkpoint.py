@@ -154,8 +154,8 @@ def versions(device: torch.device) -> dict:
             return "unknown"
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
-    # Copied into a folder of another repository, these files are of no commit of it.
-    is_own = git("rev-parse", "--show-prefix") == ""
+    # Copied into another repository, this file is below its top, or not kept in it.
+    is_own = git("ls-files", "--full-name", "checkpoint.py") == "checkpoint.py"
     commit = git("describe", "--always", "--dirty", "--abbrev=12") if is_own else "unknown"
     name = f"{device.type} ({platform.machine()})"
     return {

@@ -76,7 +76,9 @@ def read_log(path: str) -> list[dict]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-        history = [{key: float(row[key]) if row[key] else None for key in NAMES} for row in rows]
+        history = [
+            {key: None if row[key] == "" else float(row[key]) for key in NAMES} for row in rows
+        ]
         if any(row["epoch"] is None for row in history):
             raise ValueError
         return history
@@ -103,10 +105,9 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
 def describe_model(config) -> str:
     """The network of a ViTConfig, in one line: it can be said before the data are loaded."""
     size, token = config.image_size, " + class token" if config.pool == "cls" else ""
-    bias = ", relative position bias" if config.relative_position_bias else ""
     return (
         f"model    {size}x{size} pixels, patch {config.patch_size}: {config.num_patches} patches"
-        f"{token} | dim {config.dim}, depth {config.depth}, heads {config.heads}{bias}"
+        f"{token} | dim {config.dim}, depth {config.depth}, heads {config.heads}"
     )
 
 
@@ -114,18 +115,19 @@ def describe_run(run, steps: int) -> str:
     """A train.Run before its first epoch, in lines of at most 100 characters."""
     config, dataset, facts = run.config, run.dataset, run.versions
     parameters = sum(p.numel() for p in run.state.model.parameters())
+    bias = ", relative position bias" if run.vit_config.relative_position_bias else ""
     compiled = ", compiled" if run.state.compiled else ""
     dtype = str(run.state.dtype).removeprefix("torch.")
     lines = (
-        f"         {parameters:,} parameters | "
+        f"         {parameters:,} parameters{bias} | "
         f"{run.vit_config.flops_per_image / 1e6:,.1f} MFLOP an image forward",
         f"data     {config.dataset}: {len(run.train_set[0]):,} training, {len(run.val_set[0]):,} "
         f"validation, {len(dataset.test_images):,} test images, {len(dataset.classes)} classes",
         f"recipe   {config.epochs} epochs, {steps:,} steps of {config.batch_size} images | "
         f"seed {config.seed}",
         f"         {config.optimizer}, peak lr {config.lr:g}, weight decay {config.weight_decay:g}",
-        f"machine  {run.world} x {facts['device']}, {dtype}{compiled} | torch {facts['torch']}, "
-        f"commit {facts['commit']}",
+        f"machine  {run.world} x {facts['device']}, {dtype}{compiled}",
+        f"         torch {facts['torch']}, commit {facts['commit']}",
         f"         a large matrix product does {run.peak / 1e12:.2f} TFLOP/s: the 100 % of MFU",
     )
     return "\n".join(lines)
@@ -134,16 +136,21 @@ def describe_run(run, steps: int) -> str:
 def run_program(main) -> int:
     """main() as a program: a name that the terminal cannot print, a reader that goes away and an
     interrupt end in no traceback. Returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # closed, as by `>&-`
-            stream.reconfigure(errors="backslashreplace")
+    # None when closed, as by `>&-`; a notebook has streams of its own
+    streams = [s for s in (sys.stdout, sys.stderr) if hasattr(s, "reconfigure")]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
     try:
-        code = main()
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        try:
+            code = main()
+        except SystemExit as end:
+            code = end.code
+        for stream in streams:
+            stream.flush()
         return code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # as in `| head`; Python would try again to write at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in streams:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 141

@@ -200,6 +200,12 @@ def resolve(preset: dict, flags: dict, saved: dict | None) -> dict:
         if "batch_size" in flags and "lr" not in flags:
             values["lr"] = scaled_lr(preset, flags["batch_size"])
         return values
+    knobs = {knob.name: knob.default for c in (TrainConfig, ViTConfig) for knob in fields(c)}
+    if unknown := sorted(saved.keys() - knobs.keys()):
+        raise ValueError(
+            f"the run to resume is of another version of this program: it has {', '.join(unknown)}"
+        )
+    saved = {**knobs, **saved}  # a knob that is younger than the run was at its default
     for name, value in {**preset, **flags}.items():
         if name not in (*SESSION, *MAY_CHANGE) and value != saved[name]:
             source = "" if name in flags else " of the --preset"
@@ -233,10 +239,10 @@ def follow_data(values: dict, n: int, n_val: int = 0) -> dict:
     if values.get("val_size") is None:
         values["val_size"] = n_val or max(1, n // 10)
     rest = n if n_val else n - values["val_size"]
-    if "batch_size" not in values:
+    if "batch_size" not in values and rest > 0:
         steps = max(1, rest // 32)
         values["batch_size"] = min(
-            max(8, 2 ** (steps.bit_length() - 1)), TrainConfig.batch_size, max(1, rest)
+            max(8, 2 ** (steps.bit_length() - 1)), TrainConfig.batch_size, rest
         )
         values.setdefault("lr", scaled_lr({}, values["batch_size"]))
     if n < 10_000:
