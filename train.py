@@ -516,8 +516,11 @@ def main(argv: list[str] | None = None) -> int:
         fail(1, f"{error}. {hint}. {saved}; continue with: {rescue} --lr LOWER")
     except OSError as error:  # a full disk, a folder that is gone
         fail(2, f"{error}. {checkpoint.saved_in(out)}; continue with: {command(argv, world)}")
-    except RuntimeError as error:  # torch has no type of its own for a CPU's
-        if not re.search("out of memory|allocate memory|overflow", str(error), re.IGNORECASE):
+    except (RuntimeError, MemoryError) as error:  # torch has no type of its own for a CPU's
+        about_memory = re.search(
+            "out of memory|allocate memory|overflow", str(error), re.IGNORECASE
+        )
+        if not (about_memory or isinstance(error, MemoryError)):
             raise
         fail(
             2,
