@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 
 import torch
@@ -223,6 +223,9 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     out = flags.get("out", TrainConfig.out)
     last = checkpoint.check_out(out, flags.get("resume", False))
     saved = {**last["train"], **last["vit"]} if last else None
+    knobs = {knob.name for kind in (TrainConfig, ViTConfig) for knob in fields(kind)}
+    if saved and (strange := sorted(knobs.difference(recipe.SESSION) ^ set(saved))):
+        raise ValueError(f"the run in {out} is of another version: it differs in {strange}")
     values = recipe.resolve(preset, flags, saved)
     config, vit_config = recipe.build_configs(values)
 
