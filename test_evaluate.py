@@ -522,7 +522,7 @@ PICTURES = {"attention", "confusion_matrix", "curves", "mistakes", "positions"}
 
 @pytest.mark.parametrize(
     "classes, pool",
-    [(("猫", LONG), "cls"), ([f"a class with a name {i} $^$ _{{" for i in range(21)], "mean")],
+    [(("猫", LONG), "cls"), ([f"$^$ _{{ a class with a name {i}" for i in range(21)], "mean")],
     ids=["two", "many"],
 )
 def test_pictures_are_drawn_for_any_number_of_classes_with_any_names(classes, pool, capsys):

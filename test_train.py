@@ -32,7 +32,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -192,12 +191,12 @@ def test_an_epoch_is_a_function_of_seed_and_epoch_alone():
     first, again = {}, {}
     for i, (found, order) in enumerate([(first, pairs), (again, pairs[::-1])]):
         torch.manual_seed(i), random.seed(i), np.random.seed(i)
-        states = [torch.get_rng_state(), random.getstate(), np.random.get_state()]
+        before = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
         for seed, epoch in order:
             config = TrainConfig(batch_size=10, seed=seed, mix_prob=0.5)
             found[seed, epoch] = flat(epoch_batches(config, epoch))
-        now = [torch.get_rng_state(), random.getstate(), np.random.get_state()]
-        assert difference(flat(states), flat(now)) is None
+        after = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
+        assert difference(flat(before), flat(after)) is None
     for pair in pairs:
         assert difference(first[pair], again[pair]) is None
     for a, b in itertools.combinations(pairs, 2):
@@ -223,8 +222,8 @@ def test_two_hundred_and_twenty_epochs_are_mixed_where_that_share_is_stated():
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_stated_share_of_the_batches_is_mixed(share):
     """Of 300 batches, within six standard deviations of their number."""
-    config = TrainConfig(batch_size=6, mix_prob=share, **MIXED)
-    mixed = sum(is_mixed(t) for epoch in range(1, 31) for _, t in epoch_batches(config, epoch))
+    config = TrainConfig(batch_size=10, mix_prob=share, **MIXED)
+    mixed = sum(is_mixed(t) for epoch in range(1, 51) for _, t in epoch_batches(config, epoch))
     assert abs(mixed - 300 * share) <= 6 * math.sqrt(300 * share * (1 - share))
 
 
@@ -419,7 +418,7 @@ OTHER = {
     "pool": "mean",
     "relative_position_bias": True,
 }
-# What the data decide, or the sitting; the tests below and those of parts 7 to 9 show what these do.
+# What the data decide, or the sitting: see the tests below and those of parts 7 to 9.
 NO_RECIPE = {"dataset", "data_dir", "download_url", "out", "resume", "save_every", "max_minutes"}
 NO_RECIPE |= {"device", "compile", "deterministic", "in_channels", "num_classes"}
 
@@ -1064,7 +1063,7 @@ def test_a_last_that_holds_no_whole_run_is_refused_in_one_line(change, begun, ca
     change(last)
     torch.save(last, "out/last.pt")
     before = tree()
-    assert run("--resume") == 2
+    assert main("--resume") == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "error: " in line and tree() == before
 
@@ -1357,11 +1356,12 @@ def test_no_signal_interrupts_the_farewell(monkeypatch, capsys):
     assert "continue with: " in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # between open, with
 def test_a_signal_at_any_moment_of_a_save_leaves_whole_files_and_ends_it():
     """At 40 random ones of a real save of some megabytes: torch.save would bury it, when it writes
     to a file from C++, under an error of its own, or abort the process."""
     ours, moments = prepare("--dim", 128, "--depth", 4), random.Random(0)
-    os.makedirs("out")
+    train.save(ours)  # the first one imports Matplotlib
     began = time.perf_counter()
     train.save(ours)
     seconds = time.perf_counter() - began
@@ -1873,7 +1873,7 @@ class PretendedGPU(TorchFunctionMode):
         if source and name == "numpy":
             raise TypeError("can't convert a cuda tensor to numpy")
         copies = given or name in ("tensor", "as_tensor")
-        if source != goal and copies or source and name in READS:
+        if (source != goal and copies) or (source and name in READS):
             self.waits += (name,)
         out = func(*args, **kwargs)
         for tensor in tensors(out):
@@ -1965,21 +1965,20 @@ def test_each_process_takes_the_gpu_of_its_number(gpu, monkeypatch):
 
 def test_an_epoch_on_a_gpu_waits_no_oftener_for_more_steps(gpu):
     """Only float16 does, once a step: whether it overflowed has to be asked."""
-    for dtype, a_step in (("bfloat16", 0), ("float16", 1)):
+    for dtype, grows in (("bfloat16", False), ("float16", True)):
         waits = []
-        for batch, steps in ((8, 5), (20, 2)):
+        for batch in (8, 20):  # 5 steps, 2 steps
             seen = len(gpu.waits)
             flags = ("--dtype", dtype, "--grad-clip", 1, "--ema-decay", 0.9, "--device", "cuda")
             with gpu:
                 assert run(*flags, "--batch-size", batch, out=f"{dtype}-{batch}") == 0
             waits.append(len(gpu.waits) - seen)
-        assert waits[1] > 0
-        assert (waits[0] > waits[1]) == bool(a_step)
+        assert (waits[0] > waits[1]) == grows and waits[1] > 0
 
 
 # ---- 14 The files ----
 
-# What a room may import of the others: arrows point down only. Of the world outside, all know torch.
+# What a room may import of the others: arrows point down only. All know torch.
 BELOW = {
     "vit": "",
     "data": "",
