@@ -446,11 +446,16 @@ def test_the_attention_of_pictures_is_computed_one_by_one_and_of_eight_at_most(a
     classes, statistics = DATASET.classes, (DATASET.mean, DATASET.std)
     PLOTS["plot_attention"]("", model, images, labels, classes, *statistics, "")
     assert seen == [1] * 8
-    del axes[:]
-    model.config = replace(model.config, pool="cls")
+
+
+def test_where_all_patches_count_alike_the_attention_picture_is_even(axes, monkeypatch):
+    """Not divided by a range of zero."""
+    model = small_model().eval()
     monkeypatch.setattr(model, "attention_maps", lambda x: torch.full((1, 1, 1, 5, 5), 0.2))
-    PLOTS["plot_attention"]("", model, images[:1], labels, classes, *statistics, "")
-    assert shown(axes[1].images[1]).isfinite().all(), "where all patches count alike"
+    labels, classes = torch.tensor([1]), ["cat", "dog", "eel"]
+    statistics = (DATASET.mean, DATASET.std)
+    PLOTS["plot_attention"]("", model, DATASET.test_images[:1], labels, classes, *statistics, "")
+    assert torch.equal(shown(axes[1].images[1]), torch.zeros(2, 2))
 
 
 def test_the_mistakes_are_the_wrong_answers_the_model_was_surest_of(axes):
@@ -505,7 +510,7 @@ def test_of_many_patches_at_most_eight_by_eight_are_compared(axes):
         assert shown(axis.images[0]).argmax() == 10 * 2 * row + 2 * column
 
 
-def draw_it_all(classes, out="out", **network):
+def draw_it_all(classes, **network):
     """An evaluation with all its pictures, the real ones."""
     history = [dict.fromkeys(log.NAMES, 0.5) | {"epoch": e} for e in (1.0, 2.0)]
     dataset = make_dataset(classes, n=60, n_test=max(len(classes), 10))
@@ -513,7 +518,11 @@ def draw_it_all(classes, out="out", **network):
         for name, plot in PLOTS.items():
             patch.setattr(evaluate, name, plot)
         return evaluate.evaluate(
-            make_checkpoint(classes, **network), out, device="cpu", dataset=dataset, history=history
+            make_checkpoint(classes, **network),
+            "out",
+            device="cpu",
+            dataset=dataset,
+            history=history,
         )
 
 
@@ -657,6 +666,20 @@ def test_the_validation_split_gives_again_the_accuracy_in_the_log(ema, plain):
     assert not Path("new/metrics.json").exists()
 
 
+def test_only_the_validation_split_needs_the_training_images(plain, monkeypatch):
+    """A result can be tested where there is only the test set."""
+    asked, load = [], data.load
+
+    def spy(*args, only_test=False):
+        asked.append(only_test)
+        return load(*args)
+
+    monkeypatch.setattr(data, "load", spy)
+    for split in ("test", "val"):
+        assert program(plain, "--split", split, "--device", "cpu", "--out", "new") == 0
+    assert asked == [True, False]
+
+
 def test_data_that_have_moved_are_named_with_the_flag_that_says_where_they_are(plain, capsys):
     """Not only what is missing, but what to do."""
     best = torch.load(plain / "best.pt", weights_only=True)
@@ -796,7 +819,7 @@ def test_a_bad_picture_costs_its_line_and_not_the_rest(plain, capsys):
         ("best.pt --device cuda", "is not available here"),
         ("best.pt --device gpu", 'unknown device "gpu"'),
         ("best.pt --out file/new", "file"),
-        ("best.pt --data-dir pics", "knows the classes cat, dog, eel; the data have ant, bee"),
+        ("best.pt --data-dir pics", "knows the classes cat, dog, eel; the data have ant, bee, elk"),
         ("gone.pt", "no checkpoint at gone.pt"),
         ("empty", "no checkpoint at empty/best.pt"),
         ("broken.png", "broken.png is damaged or not a checkpoint"),
@@ -810,7 +833,7 @@ def test_bad_input_is_one_line_and_exit_code_two(flags, message, plain, monkeypa
     os.makedirs("empty")
     shutil.copy(plain / "best.pt", "best.pt")
     if "pics" in flags:
-        other = make_dataset(("ant", "bee"))
+        other = make_dataset(("ant", "bee", "elk"))
         monkeypatch.setattr(data, "load", lambda *_, **__: other)
     before = tree()
     assert program(*flags.split()) == 2
