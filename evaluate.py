@@ -200,7 +200,8 @@ def show_image(axis, image: Tensor, title: str = ""):
 
 def plot_confusion_matrix(path: str, metrics: dict, title: str):
     """Rows are true classes, columns predicted ones; metrics as measure() gives them."""
-    confusion, classes = torch.tensor(metrics["confusion_matrix"]), metrics["classes"]  # (K, K)
+    confusion = torch.tensor(metrics["confusion_matrix"])  # (K, K)
+    classes = [short(name) for name in metrics["classes"]]
     K = len(classes)
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     side = min(0.45 * K, 45)  # inches, for 100 names to be read; more would take gigabytes
@@ -262,7 +263,7 @@ def plot_attention(
         rollout = attention_rollout(model.attention_maps(x))[0]  # (N, N)
         flow = rollout[0, 1:] if model.config.pool == "cls" else rollout.mean(0)  # (P,)
         flow = (flow - flow.min()) / (flow.max() - flow.min()).clamp(min=1e-12)
-        heats.append(flow.view(side, side).cpu())
+        heats.append(flow.view(side, side).cpu().numpy())
         with torch.no_grad():
             confidence, answer = model(x)[0].softmax(0).max(0)
         verdict = f"{short(classes[answer], 18)} {confidence:.0%}"
@@ -270,7 +271,7 @@ def plot_attention(
     figure, axes = new_figure(2, len(images), figsize=(1.5 * len(images) + 0.8, 3.8))
     for column, image, heat, text in zip(axes.T, images, heats, titles):
         show_image(column[0], image, text)
-        grey = image.float().mean(0)  # (H, W)
+        grey = image.float().mean(0).numpy()  # (H, W)
         column[1].imshow(grey, cmap="gray", vmin=0, vmax=255)
         H, W = grey.shape
         extent = (-0.5, W - 0.5, H - 0.5, -0.5)
@@ -297,8 +298,8 @@ def plot_mistakes(path: str, images: Tensor, labels: Tensor, logits: Tensor, cla
     for axis in axes.flat:
         axis.axis("off")
     for axis, i in zip(axes.flat, worst):
-        text = f"{classes[predicted[i]]}, {confidence[i]:.0%} sure\nis {classes[labels[i]]}"
-        show_image(axis, images[i], text)
+        answer, truth = short(classes[predicted[i]], 18), short(classes[labels[i]], 18)
+        show_image(axis, images[i], f"{answer}, {confidence[i]:.0%} sure\nis {truth}")
     what = f"the {len(worst)} most confident mistakes" if worst else "no mistakes"
     figure.suptitle(f"{title}: {what}")
     figure.savefig(path, dpi=110)

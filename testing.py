@@ -4,12 +4,14 @@ import contextlib
 import csv
 import itertools
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import checkpoint
 import data
@@ -178,3 +180,19 @@ def small_batch(seed, B=6):
     g = rng(seed)
     images = torch.randn(B, 3, 8, 8, generator=g, dtype=torch.float64)
     return images, torch.rand(B, 3, generator=g).softmax(1)
+
+
+# ---- Real processes ----
+
+HERE = Path(train.__file__).parent
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def save_pictures(root, dataset=DATASET):
+    """A dataset as a folder of PNGs."""
+    for part in ("train", "test"):
+        images, labels = getattr(dataset, f"{part}_images"), getattr(dataset, f"{part}_labels")
+        for i, (image, label) in enumerate(zip(images, labels)):
+            path = Path(root, part, dataset.classes[label], f"{i}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)

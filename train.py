@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 
 import torch
@@ -163,13 +163,14 @@ def train_epoch(run: Run, epoch: int) -> dict:
     seconds = time.perf_counter() - began
 
     finite = losses.isfinite() & (norms.isfinite() | state.scaler.is_enabled())
-    finite[-1] &= weights.isfinite().cpu()
     if not finite.all():
         step = finite.int().argmin().item()
         raise Diverged(
             f"epoch {epoch}, step {step + 1} of {steps}: the loss is {losses[step]:g}, "
-            f"the gradient norm {norms[step]:g}. A lower --lr or --grad-clip 1 may help"
+            f"the gradient norm {norms[step]:g}"
         )
+    if not weights.isfinite():
+        raise Diverged(f"epoch {epoch}: the norm of the weights is {weights:g}")
     taken = state.scheduler.last_epoch - taken_before
     images_per_second = steps * config.batch_size / seconds
     return dict.fromkeys(log.NAMES) | {
@@ -222,6 +223,9 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     out = flags.get("out", TrainConfig.out)
     last = checkpoint.check_out(out, flags.get("resume", False))
     saved = {**last["train"], **last["vit"]} if last else None
+    knobs = {knob.name for kind in (TrainConfig, ViTConfig) for knob in fields(kind)}
+    if saved and (strange := sorted(knobs.difference(recipe.SESSION) ^ set(saved))):
+        raise ValueError(f"the run in {out} is of another version: it differs in {strange}")
     values = recipe.resolve(preset, flags, saved)
     config, vit_config = recipe.build_configs(values)
 
@@ -511,11 +515,15 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + number
     except Diverged as error:
         saved, rescue = checkpoint.saved_in(out), command(argv, world, "--grad-clip", "1")
-        fail(1, f"{error}. {saved}; continue with: {rescue} --lr LOWER")
+        hint = "A lower --lr or --grad-clip 1 may help"
+        fail(1, f"{error}. {hint}. {saved}; continue with: {rescue} --lr LOWER")
     except OSError as error:  # a full disk, a folder that is gone
         fail(2, f"{error}. {checkpoint.saved_in(out)}; continue with: {command(argv, world)}")
-    except RuntimeError as error:  # torch has no type of its own for a CPU's
-        if not re.search("out of memory|allocate memory|overflow", str(error), re.IGNORECASE):
+    except (RuntimeError, MemoryError) as error:  # torch has no type of its own for a CPU's
+        about_memory = re.search(
+            "out of memory|allocate memory|overflow", str(error), re.IGNORECASE
+        )
+        if not (about_memory or isinstance(error, MemoryError)):
             raise
         fail(
             2,

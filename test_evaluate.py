@@ -1,0 +1,903 @@
+"""
+The specification of evaluate.py: every test is a sentence about a result, its docstring the formula
+or the reason.
+
+    1 devices and logits   2 predict   3 the numbers   4 rollout   5 pictures
+    6 an evaluation        7 the program               8 real processes
+
+Of a picture it is tested what it shows, read from Matplotlib's own axes, and not that a file is
+there.
+"""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import checkpoint
+import data
+import evaluate
+import log
+from testing import (
+    ALONE,
+    DATASET,
+    HERE,
+    PLOTS,
+    make_dataset,
+    pretend,
+    rng,
+    run,
+    save_pictures,
+    tree,
+)
+from vit import VisionTransformer, ViTConfig
+
+pytestmark = pytest.mark.usefixtures("tiny", "here")
+
+
+def close(actual, expected, tolerance=1e-9):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+def small_model(seed=0, K=3, **network):
+    options = {"dim": 8, "depth": 2, "heads": 2, "dropout": 0.0} | network
+    torch.manual_seed(seed)
+    return VisionTransformer(ViTConfig(8, options.pop("patch_size", 4), num_classes=K, **options))
+
+
+def scrambled(seed=0, **network):
+    """A small model in eval mode that attends to some patches more than to others."""
+    model = small_model(seed, **network).eval()
+    for p in model.parameters():
+        p.data.normal_(generator=rng(seed))
+    return model
+
+
+def make_checkpoint(classes, **network):
+    """What train.py would have written for these classes, without training."""
+    model = small_model(K=len(classes), **network)
+    recipe = {"dataset": "shapes", "data_dir": "data", "download_url": None}
+    return {
+        "format": checkpoint.FORMAT,
+        "epoch": 3,
+        "train": recipe | {"val_size": 20, "seed": 0},
+        "vit": asdict(model.config),
+        "classes": list(classes),
+        "mean": DATASET.mean,
+        "std": DATASET.std,
+        "fingerprint": DATASET.fingerprint,
+        "versions": {},
+        "model": model.state_dict(),
+    }
+
+
+def program(*words):
+    """The exit code of `python evaluate.py words`, in this process."""
+    try:
+        return evaluate.main([*map(str, words)])
+    except SystemExit as exit:
+        return exit.code
+
+
+# ---- 1 Devices and logits ----
+
+
+def test_auto_is_the_accelerator_that_is_there(monkeypatch):
+    pretend(monkeypatch, "cuda")
+    for name, kind in {"auto": "cuda", "cuda": "cuda", "cuda:1": "cuda:1", "cpu": "cpu"}.items():
+        assert evaluate.pick_device(name) == torch.device(kind)
+    wrong = {"mps": "there is cuda", "cuda:2": "there are 2", "tpu!": "unknown device"}
+    for name, text in wrong.items():
+        with pytest.raises(ValueError, match=text):
+            evaluate.pick_device(name)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert evaluate.pick_device("cuda") == torch.device("cuda")
+    pretend(monkeypatch, None)
+    assert evaluate.pick_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="there is only cpu"):
+        evaluate.pick_device("cuda")
+
+
+class Recorder(nn.Module):
+    """Logits are three fixed sums of an image; remembers what it was shown, and how."""
+
+    def __init__(self, **network):
+        super().__init__()
+        self.config = ViTConfig(**network)
+        self.linear = nn.Linear(3, 3)
+        self.seen, self.modes = [], []
+
+    def forward(self, images):
+        self.seen.append(images)
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        return self.linear(images.flatten(1))
+
+
+@pytest.mark.parametrize("n, image_size", [(1, 32), (2345, 32), (37, 128)])
+def test_every_image_is_seen_exactly_once_and_only_normalised(n, image_size):
+    """In order, in eval mode, without gradients; as if it were one big batch."""
+    images = torch.randint(256, (n, 3, 1, 1), generator=rng(n), dtype=torch.uint8)
+    model = Recorder(image_size=image_size)
+    logits = evaluate.compute_logits(model, images, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    pixels = (images.view(n, 3) / 255 - mean) / std
+    close(torch.cat(model.seen).view(n, 3), pixels, 1e-5)
+    close(logits, model.linear(pixels).detach(), 1e-5)
+    assert set(model.modes) == {(False, False)} and logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {},
+        {"image_size": 128},
+        {"image_size": 128, "dim": 512, "heads": 16},
+        {"dim": 4096, "heads": 1},
+        {"image_size": 224, "dim": 768, "heads": 12},
+    ],
+    ids=["cifar", "large images", "many heads", "wide", "one image is much"],
+)
+def test_the_memory_of_a_call_is_bounded_whatever_the_network(network):
+    """The scores of a block and its hidden layer stay below half a gigabyte, or images come one by
+    one. A thousand images of 128 pixels at once took 14 GB, where training them fitted."""
+    model = Recorder(**network)
+    images = torch.zeros(2_000, 3, 1, 1, dtype=torch.uint8)
+    evaluate.compute_logits(model, images, DATASET.mean, DATASET.std)
+    c, largest = model.config, max(map(len, model.seen))
+    an_image = c.heads * c.num_tokens**2 + c.num_tokens * c.mlp_dim
+    assert largest == 1 or 4 * largest * an_image < 2**29
+    assert network or largest >= 250, "small images come in large batches"
+
+
+def test_logits_computed_in_low_precision_are_float32():
+    model = small_model()
+    seen = []
+    model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    statistics = (DATASET.mean, DATASET.std)
+    logits = evaluate.compute_logits(model, DATASET.test_images, *statistics, torch.bfloat16)
+    assert seen == [torch.bfloat16] and logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_in_the_mode_it_was_found_in(training):
+    model = small_model().train(training)
+    evaluate.compute_logits(model, DATASET.test_images, DATASET.mean, DATASET.std)
+    assert {part.training for part in model.modules()} == {training}
+
+
+# ---- 2 Predict ----
+
+
+def test_predict_gives_the_probabilities_of_paths_and_of_pixels(plain):
+    """In three lines of Python: (N, K), a row an image, a column a class, each row sums to 1."""
+    for i, image in enumerate(DATASET.test_images[:2]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{i}.png")
+
+    best = checkpoint.load_checkpoint(str(plain / "best.pt"))
+    of_paths = evaluate.predict(best, ["0.png", "1.png"])
+    of_pixels = evaluate.predict(best, DATASET.test_images[:2], device="cpu")
+
+    model = checkpoint.build_model(best)
+    x = data.normalize(DATASET.test_images[:2], DATASET.mean, DATASET.std)
+    expected = [[math.exp(z) for z in row] for row in model(x).tolist()]
+    expected = torch.tensor([[e / sum(row) for e in row] for row in expected])
+    close(of_paths, expected, 1e-6)
+    assert torch.equal(of_paths, of_pixels) and of_paths.shape == (2, 3)
+
+
+def test_predict_names_the_file_that_is_no_picture(plain):
+    Path("no.png").write_text("no")
+    best = checkpoint.load_checkpoint(str(plain / "best.pt"))
+    with pytest.raises(ValueError, match=r"no\.png"):
+        evaluate.predict(best, ["no.png"])
+
+
+# ---- 3 The numbers ----
+
+CASES = [(200, 4, 0), (37, 3, 1), (64, 10, 2), (1, 2, 3)]
+
+
+def predictions(n, K, seed):
+    """Logits and labels; the last class is never the truth, the first is never predicted."""
+    logits = 2 * torch.randn(n, K, generator=rng(seed))
+    logits[:, 0] = -9
+    labels = torch.randint(K - 1, (n,), generator=rng(seed + 1))
+    return logits, labels, [f"class {i}" for i in range(K)]
+
+
+@pytest.mark.parametrize("n, K, seed", CASES)
+def test_the_confusion_matrix_has_class_counts_as_rows_and_accuracy_as_trace(n, K, seed):
+    """confusion[i][j]: images of class i taken for j, counted in a loop."""
+    logits, labels, classes = predictions(n, K, seed)
+    metrics = evaluate.measure(logits, labels, classes)
+    expected = [[0] * K for _ in range(K)]
+    for row, label in zip(logits.tolist(), labels.tolist()):
+        expected[label][row.index(max(row))] += 1
+    assert metrics["confusion_matrix"] == expected and metrics["images"] == n
+    assert metrics["accuracy"] == pytest.approx(sum(expected[i][i] for i in range(K)) / n)
+    assert metrics["classes"] == classes
+
+
+@pytest.mark.parametrize("n, K, seed", CASES)
+def test_precision_recall_and_f1_are_what_their_definitions_say(n, K, seed):
+    """Of those taken for i, and of those that are i, the share that is both; their harmonic mean.
+
+    Nothing taken for i: 0, and no nan (which JSON does not know).
+    """
+    logits, labels, classes = predictions(n, K, seed)
+    metrics = evaluate.measure(logits, labels, classes)
+    pairs = list(zip(logits.argmax(1).tolist(), labels.tolist()))
+    for i in range(K):
+        hits = sum(p == t == i for p, t in pairs)
+        taken, there = sum(p == i for p, _ in pairs), sum(t == i for _, t in pairs)
+        assert metrics["precision"][i] == pytest.approx(hits / taken if taken else 0)
+        assert metrics["recall"][i] == pytest.approx(hits / there if there else 0)
+        assert metrics["f1"][i] == pytest.approx(2 * hits / (taken + there) if hits else 0)
+    assert "NaN" not in json.dumps(metrics)
+
+
+@pytest.mark.parametrize("n, K, seed", CASES)
+def test_loss_is_the_mean_over_images_of_minus_log_p(n, K, seed):
+    """In float64: of a wrong answer given with all confidence float32 would make zero or inf."""
+    logits, labels, classes = predictions(n, K, seed)
+    total = 0.0
+    for row, label in zip(logits.tolist(), labels.tolist()):
+        total += math.log(sum(map(math.exp, row))) - row[label]
+    loss = evaluate.measure(logits, labels, classes)["loss"]
+    assert loss == pytest.approx(total / n, rel=1e-12)
+
+
+@pytest.mark.parametrize("n, K, seed", CASES)
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy_over_15_bins(n, K, seed):
+    """Sum over bins of |sum of (confidence - correct)| / n; bins (0, 1/15], ..., (14/15, 1]."""
+    logits, labels, classes = predictions(n, K, seed)
+    gaps = [0.0] * 15
+    for row, label in zip(logits.tolist(), labels.tolist()):
+        confidence = max(map(math.exp, row)) / sum(map(math.exp, row))  # in float64
+        [b] = [b for b in range(15) if b / 15 < confidence <= (b + 1) / 15]
+        gaps[b] += confidence - (row.index(max(row)) == label)
+    ece = evaluate.measure(logits, labels, classes)["ece"]
+    assert ece == pytest.approx(sum(map(abs, gaps)) / n, rel=1e-12)
+
+
+def test_a_confidence_on_the_edge_of_a_bin_belongs_to_the_lower_one():
+    """1/3 = 5/15, wrong, and 0.34, right: in one bin the two gaps would cancel in part."""
+    logits = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.34, 0.33, 0.33]], dtype=torch.float64).log()
+    metrics = evaluate.measure(logits, torch.tensor([1, 0]), ["a", "b", "c"])
+    assert metrics["ece"] == pytest.approx((1 / 3 + (1 - 0.34)) / 2)
+
+
+def test_the_description_says_it_all_in_a_table():
+    """Worked by hand: 3 cats (2 right, 1 taken for a dog), 1 dog, no eel."""
+    labels, classes = torch.tensor([0, 0, 0, 1]), ["cat", "dog", "eel"]
+    text = evaluate.describe(evaluate.measure(torch.eye(3)[[0, 0, 1, 1]], labels, classes))
+    first, head, *rows, last = text.splitlines()
+    assert first.startswith("accuracy 75.00% of 4 images | loss ") and "calibration error" in first
+    assert [row.split() for row in rows] == [
+        ["cat", "3", "100.00%", "66.67%", "80.00%"],
+        ["dog", "1", "50.00%", "100.00%", "66.67%"],
+        ["eel", "0", "0.00%", "0.00%", "0.00%"],
+    ]
+    assert "cat for dog 1x" in last and ";" not in last
+    assert len({len(line) for line in (head, *rows)}) == 1
+
+
+def test_the_commonest_mistakes_come_first_and_are_at_most_five():
+    wrong = [(0, 1)] * 3 + [(1, 2)] * 5 + [(2, 0)] + [(0, 2), (1, 0)] * 2 + [(2, 1)]
+    labels, predicted = map(torch.tensor, zip(*wrong))
+    text = evaluate.describe(evaluate.measure(torch.eye(3)[predicted], labels, ["a", "b", "c"]))
+    mistakes = text.splitlines()[-1].partition(": ")[2].split("; ")
+    assert mistakes[:2] == ["b for c 5x", "a for b 3x"] and len(mistakes) == 5
+
+
+# ---- 4 Rollout ----
+
+
+def test_attention_rollout_is_the_product_of_half_attention_half_identity():
+    """The product over blocks, last one leftmost, of (mean over heads + 1) / 2, in loops."""
+    L, B, h, N = 3, 2, 4, 5
+    maps = torch.randn(L, B, h, N, N, generator=rng(0), dtype=torch.float64).softmax(-1)
+    rollout = evaluate.attention_rollout(maps)
+    for b in range(B):
+        expected = [[float(i == j) for j in range(N)] for i in range(N)]
+        for block in range(L):
+            flow = [
+                [(sum(maps[block, b, :, i, j].tolist()) / h + (i == j)) / 2 for j in range(N)]
+                for i in range(N)
+            ]
+            expected = [
+                [sum(flow[i][k] * expected[k][j] for k in range(N)) for j in range(N)]
+                for i in range(N)
+            ]
+        close(rollout[b], torch.tensor(expected, dtype=torch.float64))
+    close(rollout.sum(-1), torch.ones(B, N, dtype=torch.float64))
+
+
+# ---- 5 Pictures ----
+
+LONG = "a class whose name " + "goes on " * 17 + "and on"  # 161 letters
+
+
+@pytest.fixture
+def axes(monkeypatch):
+    """The axes of the next picture, in reading order; nothing is written."""
+    from matplotlib.figure import Figure
+
+    found, real = [], Figure.subplots
+
+    def subplots(figure, *args, **options):
+        grid = real(figure, *args, **options)
+        found.extend(grid.flat)
+        return grid
+
+    monkeypatch.setattr(Figure, "subplots", subplots)
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    return found
+
+
+def shown(image):
+    """What an imshow() shows, as a tensor."""
+    return torch.tensor(image.get_array().filled())
+
+
+def test_the_picture_of_the_confusion_matrix_shows_shares_of_the_true_class(axes):
+    """A row is a true class and sums to 1, or to 0 for one that never occurs; counts are written
+    into their squares."""
+    confusion = [[3, 1, 0], [0, 2, 4], [0, 0, 0]]
+    metrics = {"confusion_matrix": confusion, "classes": ["cat", "dog", "eel"], "accuracy": 0.5}
+    PLOTS["plot_confusion_matrix"]("", metrics, "pets")
+    [axis] = axes
+    expected = torch.tensor([[3 / 4, 1 / 4, 0], [0, 1 / 3, 2 / 3], [0, 0, 0]])
+    close(shown(axis.images[0]).float(), expected, 1e-6)
+    counts = {text.get_position(): int(text.get_text()) for text in axis.texts}
+    assert counts == {(j, i): n for i, row in enumerate(confusion) for j, n in enumerate(row) if n}
+    for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
+        assert [label.get_text() for label in labels] == metrics["classes"]
+    assert "true" in axis.get_ylabel() and "predicted" in axis.get_xlabel()
+    assert "pets" in axis.get_title() and "50.00%" in axis.get_title()
+
+
+def test_the_confusion_matrix_of_a_thousand_classes_is_no_larger_than_that_of_a_hundred(
+    monkeypatch,
+):
+    """At half an inch a class it would take gigabytes, after the last epoch."""
+    sizes = []
+
+    def figure(figsize):
+        sizes.append(figsize)
+        raise MemoryError
+
+    monkeypatch.setattr(evaluate, "new_figure", figure)
+    for K in (10, 100, 1000):
+        metrics = {"confusion_matrix": [[0] * K] * K, "classes": ["a"] * K}
+        with pytest.raises(MemoryError):
+            PLOTS["plot_confusion_matrix"]("", metrics, "")
+    assert sizes[0] < sizes[1] == sizes[2]
+
+
+def test_the_curves_are_the_columns_of_the_log_and_accuracies_are_percent(axes):
+    """Each under its own name; an epoch without a number is left out."""
+    rows = [
+        {"epoch": 1, "lr": 0.1, "train_loss": 2.5, "val_loss": 2.0, "train_accuracy": 0.1}
+        | {"val_accuracy": 0.2, "ema_accuracy": 0.3},
+        {"epoch": 2, "lr": 0.2, "train_loss": 2.25, "val_loss": None, "train_accuracy": None},
+        {"epoch": 3, "lr": 0.0, "train_loss": 2.0, "val_loss": 1.5, "train_accuracy": 0.4}
+        | {"val_accuracy": 0.5, "ema_accuracy": 0.6},
+    ]
+    PLOTS["plot_curves"]("", rows, "pets")
+    curves = [
+        {line.get_label(): line.get_xydata().round(9).tolist() for line in axis.lines}
+        for axis in axes
+    ]
+    assert [list(curve.values()) for curve in curves] == [
+        [[[1, 2.5], [2, 2.25], [3, 2.0]], [[1, 2.0], [3, 1.5]]],
+        [[[1, 10], [3, 40]], [[1, 20], [3, 50]], [[1, 30], [3, 60]]],
+        [[[1, 0.1], [2, 0.2], [3, 0.0]]],
+    ]
+    words = [["training", "validation"], ["training", "validation", "averaged"], [""]]
+    for axis, of_axis in zip(curves, words, strict=True):
+        assert all(word in label for word, label in zip(of_axis, axis, strict=True))
+    assert "loss" in axes[0].get_title() and "%" in axes[1].get_title()
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_the_attention_picture_is_hottest_where_the_rollout_is_highest(pool, axes):
+    """What the answer is made of: row 0 of the rollout without its own column, or the mean of all
+    rows, from the least to the most of each picture. Above it, what it is and is taken for."""
+    model = scrambled(pool=pool, patch_size=2)
+    images = torch.randint(256, (3, 3, 8, 8), generator=rng(1), dtype=torch.uint8)
+    statistics = (DATASET.mean, DATASET.std)
+    labels, classes = torch.tensor([2, 0, 1]), ["cat", "dog", "eel"]
+    PLOTS["plot_attention"]("", model, images, labels, classes, *statistics, "pets")
+    x = data.normalize(images, *statistics)
+    rollout = evaluate.attention_rollout(model.attention_maps(x))  # (B, N, N)
+    flows = rollout[:, 0, 1:] if pool == "cls" else sum(rollout.unbind(1)) / 16
+    for i, (flow, probabilities) in enumerate(zip(flows, model(x).softmax(1))):
+        original, below = axes[i], axes[3 + i]
+        assert torch.equal(shown(original.images[0]), images[i].permute(1, 2, 0))
+        grey, heat = below.images
+        close(shown(heat).float().flatten(), (flow - flow.min()) / (flow.max() - flow.min()), 1e-4)
+        assert shown(heat).min() == 0 and shown(heat).max() == 1
+        assert heat.get_extent() == grey.get_extent() and heat.get_clim() == (0, 1)
+        assert sum(heat.cmap(1.0)[:3]) > sum(heat.cmap(0.0)[:3])  # the most is bright
+        answer = probabilities.argmax().item()
+        is_called, taken_for = original.get_title().splitlines()
+        assert is_called == classes[labels[i]]
+        assert taken_for.endswith(f"{classes[answer]} {probabilities[answer]:.0%}")
+
+
+def test_the_attention_of_pictures_is_computed_one_by_one_and_of_eight_at_most(axes, monkeypatch):
+    """All maps of many tokens are gigabytes."""
+    model, seen = small_model().eval(), []
+    real = model.attention_maps
+    monkeypatch.setattr(model, "attention_maps", lambda x: seen.append(len(x)) or real(x))
+    images, labels = DATASET.test_images, DATASET.test_labels
+    classes, statistics = DATASET.classes, (DATASET.mean, DATASET.std)
+    PLOTS["plot_attention"]("", model, images, labels, classes, *statistics, "")
+    assert seen == [1] * 8
+
+
+def test_where_all_patches_count_alike_the_attention_picture_is_even(axes, monkeypatch):
+    """Not divided by a range of zero."""
+    model = small_model().eval()
+    monkeypatch.setattr(model, "attention_maps", lambda x: torch.full((1, 1, 1, 5, 5), 0.2))
+    labels, classes = torch.tensor([1]), ["cat", "dog", "eel"]
+    statistics = (DATASET.mean, DATASET.std)
+    PLOTS["plot_attention"]("", model, DATASET.test_images[:1], labels, classes, *statistics, "")
+    assert torch.equal(shown(axes[1].images[1]), torch.zeros(2, 2))
+
+
+def test_the_mistakes_are_the_wrong_answers_the_model_was_surest_of(axes):
+    logits = torch.tensor([[3.0, 0], [0, 2.0], [0, 5.0], [4.0, 0], [1.0, 0]])
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 4, 4)
+    labels = torch.tensor([1, 0, 1, 0, 1])
+    PLOTS["plot_mistakes"]("", images, labels, logits, ["cat", "dog"], "pets")
+    seen = [(int(shown(axis.images[0])[0, 0, 0]), axis.get_title()) for axis in axes if axis.images]
+    assert [image for image, _ in seen] == [0, 1, 4]
+    for (_, title), (answer, confidence, truth) in zip(
+        seen, [("cat", "95%", "dog"), ("dog", "88%", "cat"), ("cat", "73%", "dog")]
+    ):
+        first, second = title.splitlines()
+        assert answer in first and confidence in first and truth in second
+    assert "3 most confident" in axes[0].figure.get_suptitle()
+
+
+def test_without_a_mistake_the_picture_says_so(axes):
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    PLOTS["plot_mistakes"]("", images, torch.tensor([0, 1]), torch.eye(2), ["cat", "dog"], "pets")
+    assert "no mistakes" in axes[0].figure.get_suptitle()
+    assert not any(axis.images for axis in axes)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_the_picture_of_positions_compares_each_patch_with_all_others(pool, axes):
+    """Cosine of the angle between their positions, in loops; the class token's, which is the first
+    row of the table, is no patch's."""
+    model = scrambled(pool=pool)
+    PLOTS["plot_positions"]("", model, "pets")
+    rows = model.pos_embed.detach()[0].tolist()[-4:]
+
+    def cosine(a, b):
+        lengths = math.hypot(*a) * math.hypot(*b)
+        return sum(x * y for x, y in zip(a, b)) / lengths
+
+    assert len(axes) == 4
+    for patch, axis in zip(rows, axes):
+        expected = torch.tensor([[cosine(patch, rows[2 * y + x]) for x in (0, 1)] for y in (0, 1)])
+        close(shown(axis.images[0]).float(), expected, 1e-5)
+        assert axis.images[0].get_clim() == (-1, 1)
+
+
+def test_of_many_patches_at_most_eight_by_eight_are_compared(axes):
+    """Ten a side: every second, each with its own place brightest."""
+    model = VisionTransformer(ViTConfig(10, 1, dim=16, depth=1, heads=1))
+    model.pos_embed.data.normal_(generator=rng(0))
+    PLOTS["plot_positions"]("", model, "pets")
+    assert len(axes) == 25
+    for i, axis in enumerate(axes):
+        row, column = divmod(i, 5)
+        assert shown(axis.images[0]).argmax() == 10 * 2 * row + 2 * column
+
+
+def draw_it_all(classes, **network):
+    """An evaluation with all its pictures, the real ones."""
+    history = [dict.fromkeys(log.NAMES, 0.5) | {"epoch": e} for e in (1.0, 2.0)]
+    dataset = make_dataset(classes, n=60, n_test=max(len(classes), 10))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, plot in PLOTS.items():
+            patch.setattr(evaluate, name, plot)
+        return evaluate.evaluate(
+            make_checkpoint(classes, **network),
+            "out",
+            device="cpu",
+            dataset=dataset,
+            history=history,
+        )
+
+
+PICTURES = {"attention", "confusion_matrix", "curves", "mistakes", "positions"}
+
+
+@pytest.mark.parametrize(
+    "classes, pool",
+    [(("猫", LONG), "cls"), ([f"$^$ _{{ a class with a name {i}" for i in range(21)], "mean")],
+    ids=["two", "many"],
+)
+def test_pictures_are_drawn_for_any_number_of_classes_with_any_names(classes, pool, capsys):
+    """Chinese ones, formulas that are none, a name of 160 letters: without a warning."""
+    metrics = draw_it_all(classes, pool=pool)
+    assert json.loads(Path("out/metrics.json").read_text()) == metrics
+    assert not capsys.readouterr().err
+    assert {path.stem for path in Path("out").glob("*.png")} == PICTURES
+    for name in PICTURES:
+        with Image.open(f"out/{name}.png") as picture:
+            assert len(picture.convert("RGB").getcolors(10**6)) > 20 and max(picture.size) < 3000
+
+
+@pytest.mark.parametrize("error", [RuntimeError("two\n lines"), MemoryError(), ImportError("x")])
+def test_a_picture_that_fails_costs_one_line_that_names_it(error, monkeypatch, capsys):
+    """And nothing else: the numbers are there, and so are the pictures after it."""
+    drawn = []
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(evaluate, "plot_confusion_matrix", fail)
+    monkeypatch.setattr(evaluate, "plot_positions", lambda path, *_: drawn.append(path))
+    evaluate.evaluate(make_checkpoint(DATASET.classes), "out", device="cpu", dataset=DATASET)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and "out/confusion_matrix.png" in line
+    assert type(error).__name__ in line and str(error)[:3] in line
+    assert drawn == ["out/positions.png"] and Path("out/metrics.json").exists()
+
+
+def test_drawing_leaves_matplotlibs_settings_as_they_were():
+    """They are the notebook's that called."""
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 33, "text.parse_math": True}):
+        before = dict(matplotlib.rcParams)
+        seen = []
+        evaluate.draw(lambda path: seen.append(matplotlib.rcParams["font.size"]), "a.png")
+        assert seen != [33] and dict(matplotlib.rcParams) == before
+
+
+# ---- 6 An evaluation ----
+
+
+def test_numbers_come_first_then_the_file_then_the_pictures(monkeypatch, capsys):
+    """So that nothing that fails later can cost what was found."""
+    told = []
+
+    def picture(path, *_):
+        told.append((capsys.readouterr().out, Path("out/metrics.json").exists()))
+
+    for name in PLOTS:
+        monkeypatch.setattr(evaluate, name, picture)
+    best = make_checkpoint(DATASET.classes)
+    history = [dict.fromkeys(log.NAMES)]
+    evaluate.evaluate(best, "out", device="cpu", dataset=DATASET, history=history)
+    assert len(told) == 5 and "accuracy" in told[0][0] and told[0][1]
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(evaluate, "write_atomically", full)
+    with pytest.raises(OSError):
+        evaluate.evaluate(best, "out", device="cpu", dataset=DATASET)
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_the_pictures_are_named_after_the_data_and_show_images_from_all_over_the_set(monkeypatch):
+    """A folder of pictures gives its own name, as "folder" says nothing. Of 80 images every tenth
+    would not do: of ten shapes that come in turn, it would be the same one eight times."""
+    titles, seen = [], []
+    monkeypatch.setattr(evaluate, "plot_positions", lambda path, model, title: titles.append(title))
+    monkeypatch.setattr(evaluate, "plot_attention", lambda path, model, *rest: seen.append(rest))
+    best = make_checkpoint(DATASET.classes)
+    dataset = make_dataset(n_test=80)
+    for source, data_dir in (("shapes", "data"), ("folder", "my/pets/")):
+        best["train"] |= {"dataset": source, "data_dir": data_dir}
+        evaluate.evaluate(best, "out", device="cpu", dataset=dataset)
+    assert titles == ["shapes", "pets"]
+    assert ["shapes" in seen[0][-1], "pets" in seen[1][-1]] == [True, True]
+    images, labels, *_ = seen[0]
+    [chosen] = [
+        [
+            i
+            for i, image in enumerate(dataset.test_images)
+            if any(torch.equal(image, x) for x in images)
+        ]
+    ]
+    gaps = [b - a for a, b in itertools.pairwise(chosen)]
+    assert chosen[0] == 0 and chosen[-1] == 79 and len(chosen) == 8 and max(gaps) <= 12
+    assert len({i % 10 for i in chosen}) > 4 and torch.equal(labels, dataset.test_labels[chosen])
+    dataset = make_dataset(n_test=5)
+    evaluate.evaluate(best, "out", device="cpu", dataset=dataset)
+    assert torch.equal(seen[2][0], dataset.test_images)  # of few images all
+
+
+def test_the_validation_split_of_changed_pictures_is_refused(plain):
+    """The same number of them in another order: most of the split was trained on."""
+    best = checkpoint.load_checkpoint(str(plain / "best.pt"))
+    changed = replace(DATASET, train_images=DATASET.train_images.flip(0))
+    with pytest.raises(ValueError, match="the training images have changed"):
+        evaluate.evaluate(best, "out", "val", device="cpu", dataset=changed)
+    assert not tree()
+    assert evaluate.evaluate(best, "out", "val", device="cpu", dataset=DATASET)["images"] == 20
+    evaluate.evaluate(best, "out", "test", device="cpu", dataset=changed)  # which were not touched
+
+
+def test_the_validation_split_is_the_datasets_own_where_it_brings_one(plain):
+    best = checkpoint.load_checkpoint(str(plain / "best.pt"))
+    part = {"val_images": DATASET.test_images[:7], "val_labels": DATASET.test_labels[:7]}
+    metrics = evaluate.evaluate(best, "val", "val", device="cpu", dataset=replace(DATASET, **part))
+    cut = {"test_images": DATASET.test_images[:7], "test_labels": DATASET.test_labels[:7]}
+    expected = evaluate.evaluate(best, "test", device="cpu", dataset=replace(DATASET, **cut))
+    assert metrics == {**expected, "split": "val"}
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_the_validation_split_gives_again_the_accuracy_in_the_log(ema, plain):
+    """Of the chosen epoch, from the checkpoint alone: 20 images, counted exactly."""
+    out = plain
+    if ema:
+        out = "out"
+        assert run("--epochs", 4, "--seed", 5, "--ema-decay", ema, "--mixup", 0, "--cutmix", 0) == 0
+    assert program(out, "--split", "val", "--device", "cpu", "--out", "new") == 0
+    metrics = json.loads(Path("new/metrics_val.json").read_text())
+    row = log.read_log(os.path.join(out, "log.csv"))[metrics["epoch"] - 1]
+    accuracy = row["ema_accuracy"] if ema else row["val_accuracy"]
+    assert metrics["images"] == 20 and metrics["split"] == "val"
+    assert round(20 * metrics["accuracy"]) == pytest.approx(20 * accuracy)
+    if not ema:
+        assert metrics["loss"] == pytest.approx(row["val_loss"], rel=1e-6)
+    assert not Path("new/metrics.json").exists()
+
+
+def test_only_the_validation_split_needs_the_training_images(plain, monkeypatch):
+    """A result can be tested where there is only the test set."""
+    asked, load = [], data.load
+
+    def spy(*args, only_test=False):
+        asked.append(only_test)
+        return load(*args)
+
+    monkeypatch.setattr(data, "load", spy)
+    for split in ("test", "val"):
+        assert program(plain, "--split", split, "--device", "cpu", "--out", "new") == 0
+    assert asked == [True, False]
+
+
+def test_data_that_have_moved_are_named_with_the_flag_that_says_where_they_are(plain, capsys):
+    """Not only what is missing, but what to do."""
+    best = torch.load(plain / "best.pt", weights_only=True)
+    best["train"] |= {"dataset": "folder", "data_dir": "my pets"}
+    torch.save(best, "best.pt")
+    assert program("best.pt", "--device", "cpu") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "my pets" in line and "--data-dir" in line
+    save_pictures("moved")
+    assert program("best.pt", "--data-dir", "moved", "--device", "cpu", "--out", "new") == 0
+    metrics = json.loads(Path("new/metrics.json").read_text())
+    assert metrics["images"] == 30
+
+
+# ---- 7 The program ----
+
+
+@pytest.mark.parametrize("left", ["torn", "empty", "a list", "nothing", "a folder"])
+def test_metrics_that_cannot_be_read_are_none(left):
+    """train.py looks whether a run was evaluated, and must not stumble over what a kill left."""
+    os.makedirs("out")
+    texts = {"torn": '{"epoch": 3, "acc', "empty": "", "a list": "[1]"}
+    if left in texts:
+        Path("out/metrics.json").write_text(texts[left])
+    if left == "a folder":
+        os.makedirs("out/metrics.json")
+    assert evaluate.read_metrics("out") == {}
+
+
+def test_the_program_evaluates_the_test_split_from_the_checkpoint_alone(plain, monkeypatch):
+    """Named by its file or by its folder, whose best.pt is meant. The same numbers that the end of
+    training found, beside the checkpoint or in --out; and the curves of the log beside it."""
+    logs = []
+    monkeypatch.setattr(evaluate, "plot_curves", lambda path, rows, _: logs.append((path, rows)))
+    shutil.copytree(plain, "copy")
+    os.remove("copy/metrics.json")
+    os.remove("copy/last.pt")
+    expected = json.loads((plain / "metrics.json").read_text())
+    assert program("copy/best.pt", "--device", "cpu") == 0
+    assert program("copy", "--device", "cpu", "--out", "new") == 0
+    for folder in ("copy", "new"):
+        assert json.loads(Path(folder, "metrics.json").read_text()) == expected
+    history = log.read_log(plain / "log.csv")
+    assert logs == [(f"{folder}/curves.png", history) for folder in ("copy", "new")]
+    assert expected["images"] == 30 and expected["split"] == "test" and len(history) == 2
+
+
+@pytest.mark.parametrize("damage", ["renamed", "semicolons", "binary", "a folder", "gone"])
+def test_a_damaged_log_costs_the_curves_and_a_line_that_names_it(
+    damage, plain, monkeypatch, capsys
+):
+    """Never the numbers."""
+    drawn = []
+    monkeypatch.setattr(evaluate, "plot_curves", lambda *_: drawn.append(1))
+    shutil.copytree(plain, "out")
+    os.remove("out/metrics.json")
+    path = Path("out/log.csv")
+    text = path.read_text()
+    path.unlink()
+    if damage == "renamed":
+        path.write_text(text.replace("val_loss", "loss"))
+    if damage == "semicolons":
+        path.write_text(text.replace(",", ";"))
+    if damage == "binary":
+        path.write_bytes(b"\xff\xfe\x00" + text.encode("utf-16"))
+    if damage == "a folder":
+        path.mkdir()
+    assert program("out", "--device", "cpu") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert Path("out/metrics.json").exists() and not drawn
+    assert len(lines) == (damage != "gone") and all("out/log.csv" in line for line in lines)
+
+
+def test_a_log_that_a_spreadsheet_saved_with_a_byte_order_mark_has_its_curves(plain, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "plot_curves", lambda path, rows, _: drawn.append(rows))
+    shutil.copytree(plain, "out")
+    rows = log.read_log("out/log.csv")
+    Path("out/log.csv").write_bytes(b"\xef\xbb\xbf" + Path("out/log.csv").read_bytes())
+    assert program("out", "--device", "cpu") == 0
+    assert drawn == [rows]
+
+
+def test_pictures_are_classified_with_the_three_likeliest_classes_in_aligned_columns(plain, capsys):
+    """Of any size and format; the probabilities of predict()."""
+    sizes = {"wide.png": (50, 20), "a very tall one.jpg": (9, 31), "dot.png": (1, 1)}
+    for i, (name, size) in enumerate(sizes.items()):
+        Image.new("RGB", size, (200, 90, 30 + 70 * i)).save(name)
+    assert program(plain, "--images", *sizes, "--device", "cpu") == 0
+    lines = capsys.readouterr().out.splitlines()
+    best = checkpoint.load_checkpoint(str(plain / "best.pt"))
+    starts = set()
+    for name, line, row in zip(sizes, lines, evaluate.predict(best, list(sizes)), strict=True):
+        answers = sorted(zip(row.tolist(), DATASET.classes), reverse=True)
+        expected = "  ".join(f"{label} {p:.1%}" for p, label in answers)
+        assert line.startswith(name) and line.endswith(expected)
+        starts.add(line.index(expected))
+    assert len(starts) == 1
+    assert not Path("metrics.json").exists()
+
+
+@pytest.mark.parametrize("K, count", [(2, 2), (30, 3)])
+def test_of_many_classes_the_three_likeliest_are_named_and_of_two_both(K, count, capsys):
+    Image.new("RGB", (8, 8)).save("a.png")
+    assert evaluate.classify(make_checkpoint([f"c{i}" for i in range(K)]), ["a.png"], "cpu") == 0
+    assert capsys.readouterr().out.count("%") == count
+
+
+def test_a_bad_picture_costs_its_line_and_not_the_rest(plain, capsys):
+    """A folder stands for the pictures in it, however deep; what is no picture there is passed
+    over. What was named and cannot be read is named again, and the exit code is 2."""
+    os.makedirs("album/deep")
+    for name in ("album/b.png", "album/deep/a.png", "c.png"):
+        Image.new("RGB", (8, 8)).save(name)
+    Path("album/notes.txt").write_text("mine")
+    Path("bad.jpg").write_text("no")
+    assert program(plain, "--images", "bad.jpg", "album", "gone.png", "c.png") == 2
+    out, err = capsys.readouterr()
+    names = ["album/b.png", "album/deep/a.png", "c.png"]
+    assert [line.split()[0] for line in out.splitlines()] == names
+    first, second = err.splitlines()
+    assert "bad.jpg" in first and "gone.png" in second
+    assert program(plain, "--images", "album") == 0
+    assert program(plain, "--images", "bad.jpg") == 2
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("", "the following arguments are required: checkpoint"),
+        ("best.pt --split train", "invalid choice: 'train'"),
+        ("best.pt --batch-size 3", "unrecognized arguments: --batch-size 3"),
+        ("best.pt --image a.png", "unrecognized arguments: --image a.png"),
+        ("best.pt --images none.png", "none.png"),
+        ("best.pt --images broken.png", "broken.png"),
+        ("best.pt --images empty", "no pictures in empty"),
+        ("best.pt --device cuda", "is not available here"),
+        ("best.pt --device gpu", 'unknown device "gpu"'),
+        ("best.pt --out file/new", "file"),
+        ("best.pt --data-dir pics", "knows the classes cat, dog, eel; the data have ant, bee, elk"),
+        ("gone.pt", "no checkpoint at gone.pt"),
+        ("empty", "no checkpoint at empty/best.pt"),
+        ("broken.png", "broken.png is damaged or not a checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(flags, message, plain, monkeypatch, capsys):
+    """On stderr, without a traceback; nothing is written or changed."""
+    pretend(monkeypatch, None)
+    Path("file").write_text("mine")
+    Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(30))
+    os.makedirs("empty")
+    shutil.copy(plain / "best.pt", "best.pt")
+    if "pics" in flags:
+        other = make_dataset(("ant", "bee", "elk"))
+        monkeypatch.setattr(data, "load", lambda *_, **__: other)
+    before = tree()
+    assert program(*flags.split()) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "error: " in line and message in line and tree() == before
+
+
+# ---- 8 Real processes ----
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A folder: pictures in classes with Chinese names, and a checkpoint that knows them."""
+    root = tmp_path_factory.mktemp("foreign")
+    dataset = replace(DATASET, classes=["狗", "猫", "鳗鱼"])
+    save_pictures(root / "pets", dataset)
+    best = make_checkpoint(dataset.classes)
+    best["train"] |= {"dataset": "folder", "data_dir": str(root / "pets")}
+    os.makedirs(root / "out")
+    torch.save(best, root / "out" / "best.pt")
+    return root
+
+
+def start(*words, **options):
+    command = [sys.executable, str(HERE / "evaluate.py"), *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **{"env": ALONE, **pipes, **options})
+
+
+HOSTILE = """backend: module://absent.backend
+text.usetex: True
+font.family: No Such Font
+axes.formatter.use_mathtext: True
+figure.constrained_layout.use: False
+"""
+
+
+def test_neither_the_terminal_nor_matplotlibs_settings_can_cost_a_result(foreign, here):
+    """A notebook's MPLBACKEND names a package that is not installed here, matplotlibrc wants TeX
+    and a font that is not there, and the terminal has no Chinese letters: all is written."""
+    Path("matplotlibrc").write_text(HOSTILE)
+    settings = {
+        "MPLBACKEND": "module://matplotlib_inline.absent",
+        "MATPLOTLIBRC": str(here / "matplotlibrc"),
+        "PYTHONIOENCODING": "cp1252",
+    }
+    process = start(foreign / "out", "--out", "new", "--device", "cpu", env=ALONE | settings)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and not err, err
+    assert r"\u72d7" in out and "accuracy" in out
+    assert {path.stem for path in Path("new").glob("*.png")} == PICTURES - {"curves"}
+    assert json.loads(Path("new/metrics.json").read_text())["classes"][0] == "狗"
+
+
+def test_a_reader_that_goes_away_and_an_interrupt_leave_no_traceback(foreign):
+    """`python evaluate.py out | head -1` and Ctrl-C: the exit codes that shells know."""
+    head, stopped = (
+        start(foreign / "out", "--out", f"new{i}", "--device", "cpu") for i in range(2)
+    )
+    assert "best.pt" in head.stdout.readline()
+    head.stdout.close()
+    assert "best.pt" in stopped.stdout.readline()
+    stopped.send_signal(signal.SIGINT)
+    for process, code in ((head, 141), (stopped, 130)):
+        assert (process.wait(120), process.stderr.read()) == (code, "")
+        process.stderr.close()
+    stopped.stdout.close()
