@@ -101,7 +101,7 @@ def test_every_crop_offset_occurs_and_no_other():
     out = augment.random_crop(image.expand(5000, -1, -1, -1), 2, rng(0))
     offsets = windows(image, 2)
     counts = Counter(offsets.get(key(x)) for x in out)
-    assert_frequencies(counts, {offset: 1 / 25 for offset in offsets.values()})
+    assert_frequencies(counts, dict.fromkeys(offsets.values(), 1 / 25))
 
 
 @given(sizes, seeds)
@@ -175,7 +175,7 @@ def test_a_resized_crop_reaches_every_place():
     drawn = drawn_windows(images, (0.25, 0.25), (1.0, 1.0), 0)[1]
     counts = Counter(map(tuple, drawn.int().tolist()))
     places = itertools.product(range(5), range(5), [4], [4])
-    assert_frequencies(counts, {place: 1 / 25 for place in places})
+    assert_frequencies(counts, dict.fromkeys(places, 1 / 25))
 
 
 def test_a_window_that_can_never_fit_leaves_the_whole_image():

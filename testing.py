@@ -1,4 +1,4 @@
-"""What the tests of several rooms share: random tensors, pictures, and a run of a tenth of a second."""
+"""What the tests of several rooms share: random tensors, pictures, and a run of a moment."""
 
 import ast
 import contextlib
