@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--compile", action="store_true", help="compile on a CPU, too (takes a minute)")
     args = parser.parse_args(argv)
     try:
-        device = evaluate.pick_device(args.device)
+        device = checkpoint.pick_device(args.device)
         if args.batch_size is not None and args.batch_size < 4:
             raise ValueError(f"batch_size must be at least 4, got {args.batch_size}")
     except ValueError as error:

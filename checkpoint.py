@@ -143,6 +143,27 @@ def saved_in(out: str) -> str:
     return f"{path} holds epoch {last['epoch']} of {last['train']['epochs']}"
 
 
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto": the accelerator that is there, else the CPU.
+
+    ValueError for a device that is not there.
+    """
+    # Unchecked, a torch built for CUDA would name it on a machine without a GPU, too.
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'unknown device "{name}": expected auto, cpu, cuda or mps') from None
+    absent = f'device "{name}" is not available here; there'
+    if device.type != "cpu" and (found is None or device.type != found.type):
+        raise ValueError(f"{absent} is {found.type if found else 'only cpu'}")
+    if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
+        raise ValueError(f"{absent} are {torch.accelerator.device_count()}")
+    return device
+
+
 def versions(device: torch.device) -> dict:
     """What a number has to be traced to: commit, software, hardware."""
 

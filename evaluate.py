@@ -24,29 +24,8 @@ from torch import Tensor
 
 import data
 import log
-from checkpoint import build_model, load_checkpoint, write_atomically
+from checkpoint import build_model, load_checkpoint, pick_device, write_atomically
 from vit import VisionTransformer, ViTConfig
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto": the accelerator that is there, else the CPU.
-
-    ValueError for a device that is not there.
-    """
-    # Unchecked, a torch built for CUDA would name it on a machine without a GPU, too.
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if name == "auto":
-        return found or torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f'unknown device "{name}": expected auto, cpu, cuda or mps') from None
-    absent = f'device "{name}" is not available here; there'
-    if device.type != "cpu" and (found is None or device.type != found.type):
-        raise ValueError(f"{absent} is {found.type if found else 'only cpu'}")
-    if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
-        raise ValueError(f"{absent} are {torch.accelerator.device_count()}")
-    return device
 
 
 def images_per_call(config: ViTConfig) -> int:
@@ -132,13 +111,13 @@ def describe(metrics: dict) -> str:
         precision, recall, f1 = (f"{metrics[key][i]:.2%}" for key in ("precision", "recall", "f1"))
         lines.append(f"{name:<{width}}  {count:>7,}  {precision:>10}  {recall:>7}  {f1:>7}")
     confusions = [
-        (count, f"{classes[i]} for {classes[j]} {count}x")
+        (count, f"{classes[i]} taken for {classes[j]} {count}x")
         for i, row in enumerate(metrics["confusion_matrix"])
         for j, count in enumerate(row)
         if i != j and count
     ]
     confusions.sort(key=lambda pair: -pair[0])
-    lines.append("commonest mistakes: " + ("; ".join(text for _, text in confusions[:5]) or "none"))
+    lines.append("commonest confusions: " + ("; ".join(text for _, text in confusions[:5]) or "none"))
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """
-What a run says: the same numbers as columns on the screen and in log.csv, written and read here.
+What a program says and how it ends: the same numbers as columns on the screen and in log.csv, the
+command that continues a run, signals and exit codes.
 
     model     the network, in numbers
     data      how many images of what
@@ -9,8 +10,12 @@ What a run says: the same numbers as columns on the screen and in log.csv, writt
 
 import csv
 import io
+import math
 import os
+import shlex
+import signal
 import sys
+import threading
 import time
 
 import torch
@@ -131,6 +136,54 @@ def describe_run(run, steps: int) -> str:
         f"         a large matrix product does {run.peak / 1e12:.2f} TFLOP/s: the 100 % of MFU",
     )
     return "\n".join(lines)
+
+
+def describe_start(run, loss: float) -> str:
+    """Where a train.Run begins; loss: its validation loss before the first step."""
+    if run.epoch:
+        best = f", best so far {run.best['accuracy']:.2%}" if run.best else ""
+        return f"resumed  after epoch {run.epoch} of {run.config.epochs}{best}"
+    K = len(run.dataset.classes)
+    return (
+        f"start    loss {loss:.4f} before training; guessing among {K} classes costs "
+        f"ln({K}) = {math.log(K):.4f}"
+    )
+
+
+def program(name: str) -> str:
+    """One of these files, as it can be called from where the user stands."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+    return min(path, os.path.relpath(path), key=len)
+
+
+def command(argv: list[str] | None, world: int, *more: str) -> str:
+    """The command that continues a run, quoted for a shell."""
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
+    launcher = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
+    return shlex.join([*launcher, program("train.py"), *words, "--resume", *more])
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM. A BaseException, so that no `except Exception` on the way swallows it."""
+
+
+def listen_to_signals() -> dict:
+    """Let both signals raise Stopped. Returns the handlers there were, {} outside the main thread.
+
+    A second signal within a second is the same wish (torchrun sends both); a later one counts, for
+    the first may have been swallowed, as in a __del__.
+    """
+    heard = -math.inf
+
+    def stop(signum, frame):
+        nonlocal heard
+        if time.monotonic() - heard > 1:
+            heard = time.monotonic()
+            raise Stopped(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        return {}  # Python allows handlers in the main thread only
+    return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 def run_program(main) -> int:

@@ -35,19 +35,19 @@ class TrainConfig:
     # data
     dataset: str = "cifar10"  # cifar10, cifar100, folder (of pictures) or shapes (no download)
     data_dir: str = "data"  # where the dataset lies, or is downloaded to
-    download_url: str | None = None  # mirror of CIFAR's tarball; its md5 is checked all the same
-    val_size: int | None = None  # images held out to choose the checkpoint; None: a tenth
+    download_url: str | None = None  # mirror of CIFAR's tarball; its md5 is checked (default: the official host)
+    val_size: int | None = None  # images held out to choose the checkpoint (default: a tenth)
 
     # run
     out: str = "out"  # folder of the run: checkpoints, log.csv, metrics, pictures
     resume: bool = False  # continue the run in --out (start it if there is none yet)
-    max_minutes: float | None = None  # end at an epoch boundary before this many minutes
+    max_minutes: float | None = None  # end at an epoch boundary before this many minutes (default: no end)
     eval_every: int = 1  # epochs between validations
     save_every: int = 1  # epochs between checkpoints (and on a GPU ten seconds at least)
     seed: int = 0  # of everything: split, weights, batches, augmentation, dropout
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto (16 bits on CUDA, else float32), float32, bfloat16 or float16
-    compile: bool | None = None  # torch.compile; None: on CUDA, where a compiler is found
+    compile: bool | None = None  # torch.compile (default: on CUDA, where it works)
     deterministic: bool = False  # the same bits again on a GPU too, at some cost in speed
 
     # optimization
@@ -178,7 +178,8 @@ def make_parser() -> argparse.ArgumentParser:
             options = {"type": kind, "metavar": kind.__name__.upper()}
             if kind is bool:
                 options = {"action": argparse.BooleanOptionalAction}
-            text = f"{found[2]} (default: {knob.default})".replace("%", "%%")
+            default = "" if knob.default is None else f" (default: {knob.default})"
+            text = (found[2] + default).replace("%", "%%")
             group.add_argument(f"--{knob.name.replace('_', '-')}", help=text, **options)
     return parser
 

@@ -22,10 +22,9 @@ import re
 import shlex
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 
 import torch
@@ -80,9 +79,8 @@ def epoch_batches(
     order = torch.randperm(len(images), generator=generator).to(images.device)
     mean, std = (torch.tensor(x, device=images.device) for x in (mean, std))
     mixing = epoch <= round(config.mix_until * config.epochs)
-    for index in order[: len(order) // config.batch_size * config.batch_size].split(
-        config.batch_size
-    ):
+    whole = len(order) // config.batch_size * config.batch_size
+    for index in order[:whole].split(config.batch_size):
         x = data.normalize(images[index], mean, std)
         targets = augment.soft_targets(labels[index], num_classes, config.label_smoothing)
         if mixing and torch.rand((), generator=generator) < config.mix_prob:
@@ -223,14 +221,11 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     out = flags.get("out", TrainConfig.out)
     last = checkpoint.check_out(out, flags.get("resume", False))
     saved = {**last["train"], **last["vit"]} if last else None
-    knobs = {knob.name for kind in (TrainConfig, ViTConfig) for knob in fields(kind)}
-    if saved and (strange := sorted(knobs.difference(recipe.SESSION) ^ set(saved))):
-        raise ValueError(f"the run in {out} is of another version: it differs in {strange}")
     values = recipe.resolve(preset, flags, saved)
     config, vit_config = recipe.build_configs(values)
 
     # the device
-    device = evaluate.pick_device(config.device)
+    device = checkpoint.pick_device(config.device)
     if config.dataset in data.CIFAR_STATISTICS:
         recipe.refuse_hours(config, vit_config, device.type, 45_000)
     if config.deterministic:
@@ -285,16 +280,8 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         run.peak = log.measure_peak(device, state.dtype) * world
         run.versions = checkpoint.versions(device)
         print(log.describe_run(run, steps))
-        if run.epoch:
-            best = f", best so far {run.best['accuracy']:.2%}" if run.best else ""
-            print(f"resumed  after epoch {run.epoch} of {config.epochs}{best}")
-        else:
-            K = len(dataset.classes)
-            loss, _ = validate(run, state.model, [part[:1_000] for part in run.val_set])
-            print(
-                f"start    loss {loss:.4f} before training; guessing among {K} classes costs "
-                f"ln({K}) = {math.log(K):.4f}"
-            )
+        loss, _ = validate(run, state.model, [part[:1_000] for part in val_set])
+        print(log.describe_start(run, loss))
         print(log.header(run.unused), flush=True)
     return run
 
@@ -411,7 +398,7 @@ def train(run: Run, began: float, argv: list[str] | None):
         run.say(log.line(row, mean_seconds * (config.epochs - epoch), run.unused))
         if out_of_time and not is_last:
             run.say(f"out of time: {checkpoint.saved_in(config.out)}")
-            run.say(f"continue with: {command(argv, run.world)}")
+            run.say(f"continue with: {log.command(argv, run.world)}")
             return
     if run.rank == 0:
         finish(run)
@@ -432,47 +419,11 @@ def finish(run: Run):
     )
     device = str(run.device)
     evaluate.evaluate(best, out, device=device, dataset=run.dataset, history=run.history)
-    example = shlex.join(["python", program("evaluate.py"), out, "--images"])
+    example = shlex.join(["python", log.program("evaluate.py"), out, "--images"])
     run.say(f"wrote metrics.json and pictures into {out}/; try {example} PICTURE")
 
 
 # --- the program ----------------------------------------------------------------------------------
-
-
-def program(name: str) -> str:
-    """One of these files, as it can be called from where the user stands."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
-    return min(path, os.path.relpath(path), key=len)
-
-
-def command(argv: list[str] | None, world: int, *more: str) -> str:
-    """The command that continues this run, quoted for a shell."""
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-    launcher = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
-    return shlex.join([*launcher, program("train.py"), *words, "--resume", *more])
-
-
-class Stopped(BaseException):
-    """Ctrl-C or SIGTERM. A BaseException, so that no `except Exception` on the way swallows it."""
-
-
-def listen_to_signals() -> dict:
-    """Let both signals raise Stopped. Returns the handlers there were, {} outside the main thread.
-
-    A second signal within a second is the same wish (torchrun sends both); a later one counts, for
-    the first may have been swallowed, as in a __del__.
-    """
-    heard = -math.inf
-
-    def stop(signum, frame):
-        nonlocal heard
-        if time.monotonic() - heard > 1:
-            heard = time.monotonic()
-            raise Stopped(signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        return {}  # Python allows handlers in the main thread only
-    return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -483,7 +434,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     began = time.monotonic()
     rank, world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
-    out, old_handlers = TrainConfig.out, listen_to_signals()
+    out, old_handlers = TrainConfig.out, log.listen_to_signals()
 
     parser = recipe.make_parser()
 
@@ -505,31 +456,26 @@ def main(argv: list[str] | None = None) -> int:
             except RuntimeError:  # the other process left first; all is written, nothing failed
                 pass
         return 0
-    except Stopped as stopped:
+    except log.Stopped as stopped:
         for number in old_handlers:
             signal.signal(number, signal.SIG_IGN)  # until the farewell is said
         [number] = stopped.args
         if rank == 0:
             print(f"stopped by {signal.Signals(number).name}: {checkpoint.saved_in(out)}")
-            print(f"continue with: {command(argv, world)}", flush=True)
+            print(f"continue with: {log.command(argv, world)}", flush=True)
         return 128 + number
     except Diverged as error:
-        saved, rescue = checkpoint.saved_in(out), command(argv, world, "--grad-clip", "1")
+        saved, rescue = checkpoint.saved_in(out), log.command(argv, world, "--grad-clip", "1")
         hint = "A lower --lr or --grad-clip 1 may help"
         fail(1, f"{error}. {hint}. {saved}; continue with: {rescue} --lr LOWER")
     except OSError as error:  # a full disk, a folder that is gone
-        fail(2, f"{error}. {checkpoint.saved_in(out)}; continue with: {command(argv, world)}")
+        fail(2, f"{error}. {checkpoint.saved_in(out)}; continue with: {log.command(argv, world)}")
     except (RuntimeError, MemoryError) as error:  # torch has no type of its own for a CPU's
-        about_memory = re.search(
-            "out of memory|allocate memory|overflow", str(error), re.IGNORECASE
-        )
+        about_memory = re.search("out of memory|allocate memory|overflow", str(error).lower())
         if not (about_memory or isinstance(error, MemoryError)):
             raise
-        fail(
-            2,
-            f"out of memory: a smaller --batch-size, --image-size or network needs less. "
-            f"{checkpoint.saved_in(out)}",
-        )
+        hint = "a smaller --batch-size, --image-size or network needs less"
+        fail(2, f"out of memory: {hint}. {checkpoint.saved_in(out)}")
     finally:
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
