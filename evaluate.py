@@ -117,7 +117,8 @@ def describe(metrics: dict) -> str:
         if i != j and count
     ]
     confusions.sort(key=lambda pair: -pair[0])
-    lines.append("commonest confusions: " + ("; ".join(text for _, text in confusions[:5]) or "none"))
+    commonest = "; ".join(text for _, text in confusions[:5])
+    lines.append(f"commonest confusions: {commonest or 'none'}")
     return "\n".join(lines)
 
 

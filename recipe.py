@@ -35,13 +35,13 @@ class TrainConfig:
     # data
     dataset: str = "cifar10"  # cifar10, cifar100, folder (of pictures) or shapes (no download)
     data_dir: str = "data"  # where the dataset lies, or is downloaded to
-    download_url: str | None = None  # mirror of CIFAR's tarball; its md5 is checked (default: the official host)
+    download_url: str | None = None  # a mirror of CIFAR's tarball; its md5 is checked
     val_size: int | None = None  # images held out to choose the checkpoint (default: a tenth)
 
     # run
     out: str = "out"  # folder of the run: checkpoints, log.csv, metrics, pictures
     resume: bool = False  # continue the run in --out (start it if there is none yet)
-    max_minutes: float | None = None  # end at an epoch boundary before this many minutes (default: no end)
+    max_minutes: float | None = None  # end at an epoch boundary before this time is up
     eval_every: int = 1  # epochs between validations
     save_every: int = 1  # epochs between checkpoints (and on a GPU ten seconds at least)
     seed: int = 0  # of everything: split, weights, batches, augmentation, dropout
