@@ -449,7 +449,7 @@ def test_the_defaults_follow_the_data(n, own_val):
     leaves 32 steps an epoch, and never more than there are images."""
     values = follow_data({}, n, own_val)
     rest = n if own_val else n - values["val_size"]
-    assert values["val_size"] == (own_val or max(1, math.floor(n / 10)))
+    assert values["val_size"] == (own_val or max(math.floor(n / 10), min(math.floor(n / 4), 20), 1))
     fitting = [b for b in (8, 16, 32, 64, 128, 256, 512, 1024) if b * 32 <= rest]
     assert values["batch_size"] == min(max([8, *fitting]), rest) >= 1
     assert values["lr"] == pytest.approx(max(1e-3 * values["batch_size"] / 1024, 3e-4))
