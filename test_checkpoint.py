@@ -27,7 +27,19 @@ from PIL import Image
 import checkpoint
 import train
 from checkpoint import best_of, build_model, check_out, load_checkpoint, save_checkpoint, saved_in
-from testing import ALONE, DATASET, HERE, Kill, Payload, difference, flat, run, small_batch, tree
+from testing import (
+    ALONE,
+    DATASET,
+    HERE,
+    Kill,
+    Payload,
+    difference,
+    flat,
+    pretend,
+    run,
+    small_batch,
+    tree,
+)
 from vit import ViTConfig
 
 pytestmark = pytest.mark.usefixtures("tiny", "here")
@@ -515,7 +527,32 @@ def test_what_is_saved_is_read_from_the_disk(plain):
     assert saved_in("out") == "no epoch is saved yet"
 
 
-# ---- Where the numbers come from ----
+# ---- The device, and where the numbers come from ----
+
+
+def test_auto_is_the_accelerator_that_is_there(monkeypatch):
+    pretend(monkeypatch, "cuda")
+    for name, kind in {"auto": "cuda", "cuda": "cuda", "cuda:1": "cuda:1", "cpu": "cpu"}.items():
+        assert checkpoint.pick_device(name) == torch.device(kind)
+    pretend(monkeypatch, None)
+    for name in ("auto", "cpu"):
+        assert checkpoint.pick_device(name) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "there, name, text",
+    [
+        ("cuda", "mps", 'device "mps" is not available here; there is cuda'),
+        ("cuda", "cuda:2", 'device "cuda:2" is not available here; there are 2'),
+        (None, "cuda", 'device "cuda" is not available here; there is only cpu'),
+        (None, "mps", 'device "mps" is not available here; there is only cpu'),
+        ("cuda", "tpu!", 'unknown device "tpu!": expected auto, cpu, cuda or mps'),
+        (None, "gpu", 'unknown device "gpu": expected auto, cpu, cuda or mps'),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_with_what_there_is(there, name, text, monkeypatch):
+    pretend(monkeypatch, there)
+    assert refusal(checkpoint.pick_device, name) == text
 
 
 def git(*words, folder="."):

@@ -1,15 +1,19 @@
 """
-The specification of log.py: the same numbers on a screen of 100 columns and in log.csv, and how a
-program behaves whose screen goes away.
+The specification of log.py: the same numbers on a screen of 100 columns and in log.csv, the command
+that continues a run, and how a program behaves that is stopped or whose screen goes away.
 """
 
+import contextlib
 import csv
 import inspect
 import itertools
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import log
 from recipe import TrainConfig
-from testing import tree
+from testing import HERE, tree
 from vit import ViTConfig
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -288,6 +292,87 @@ def test_no_line_about_a_run_is_longer_than_100_characters():
     labels = [line[:9].strip() for line in lines]
     assert [label for label in labels if label] == ["model", "data", "recipe", "machine"]
     assert all(line[9] != " " for line in lines)
+
+
+def test_the_start_is_described_by_the_loss_of_a_guess_and_the_end_of_the_last_sitting():
+    """An untrained network guesses: ln K. What is resumed has an epoch, and a best if there is."""
+    run = a_run(TrainConfig(epochs=9), ViTConfig(), K=21_841)
+    run.epoch, run.best = 0, None
+    text = log.describe_start(run, 9.98764)
+    assert text.startswith("start    loss 9.9876 before") and "among 21841 classes" in text
+    assert text.endswith(f"ln(21841) = {math.log(21_841):.4f}") and len(text) <= 100
+    run.epoch = 1
+    assert log.describe_start(run, 1.0) == "resumed  after epoch 1 of 9"
+    run.best = {"epoch": 1, "accuracy": 0.87654}
+    assert log.describe_start(run, 1.0) == "resumed  after epoch 1 of 9, best so far 87.65%"
+
+
+# ---- How it goes on, and how it is stopped ----
+
+
+@pytest.mark.parametrize("folder", [".", "..", "elsewhere"])
+def test_a_hint_names_the_file_as_it_can_be_called_from_where_the_user_stands(
+    folder, monkeypatch, here
+):
+    """By the shorter of its names; with no folder where none is needed."""
+    monkeypatch.chdir(here if folder == "elsewhere" else HERE / folder)
+    for name in ("train.py", "evaluate.py"):
+        assert os.path.samefile(log.program(name), HERE / name)
+    if folder == ".":
+        assert log.program("train.py") == "train.py"
+    assert log.program("train.py") in (str(HERE / "train.py"), os.path.relpath(HERE / "train.py"))
+
+
+def test_the_command_that_continues_is_the_one_that_began_and_resume(monkeypatch):
+    """Quoted for a shell, with --resume once, and torchrun where it was used."""
+    monkeypatch.chdir(HERE)
+    continued = log.command(["--out", "a b", "--resume"], 1)
+    assert continued == "python train.py --out 'a b' --resume"
+    assert log.command([], 4) == "torchrun --nproc_per_node=4 train.py --resume"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "3"])
+    expected = "python train.py --seed 3 --resume --grad-clip 1"
+    assert log.command(None, 1, "--grad-clip", "1") == expected
+
+
+@pytest.fixture
+def handlers():
+    """The signals' handlers, which are put back."""
+    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield old
+    for number, handler in old.items():
+        signal.signal(number, handler)
+
+
+def test_a_second_signal_counts_after_more_than_a_second_and_not_within_it(monkeypatch, handlers):
+    """torchrun sends SIGTERM to processes that Ctrl-C has reached already; and a person who
+    presses it again a while later means it, as the first may have been swallowed."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    assert log.listen_to_signals() == handlers
+    for number, pause, stops in (
+        (signal.SIGINT, 0.0, True),
+        (signal.SIGTERM, 0.9, False),
+        (signal.SIGTERM, 0.2, True),
+        (signal.SIGINT, 1.1, True),
+    ):
+        clock.now += pause
+        with pytest.raises(log.Stopped) if stops else contextlib.nullcontext() as caught:
+            signal.raise_signal(number)
+        assert not stops or caught.value.args == (number,)
+
+
+def test_a_stop_is_not_swallowed_by_a_careless_except():
+    assert issubclass(log.Stopped, BaseException) and not issubclass(log.Stopped, Exception)
+
+
+def test_signals_are_left_alone_outside_the_main_thread(handlers):
+    """Python would raise a ValueError there: a run in a thread (of Gradio, say) is a run, too."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(log.listen_to_signals()))
+    thread.start()
+    thread.join()
+    assert found == [{}]
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
 # ---- A program ----

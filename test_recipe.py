@@ -445,8 +445,8 @@ def test_a_run_of_another_version_is_refused_if_it_has_a_knob_that_is_unknown_he
 @pytest.mark.parametrize("n", [2, 3, 7, 11, 20, 60, 300, 511, 512, 9_999, 10_000, 50_000, 10**6])
 @pytest.mark.parametrize("own_val", [0, 5])
 def test_the_defaults_follow_the_data(n, own_val):
-    """A tenth is held out, at least one; the batch is the largest power of two from 8 to 1024 that
-    leaves 32 steps an epoch, and never more than there are images."""
+    """A tenth is held out (of a few dozen a quarter), at least one. The batch is the largest power
+    of two from 8 to 1024 that leaves 32 steps an epoch, and never more than there are images."""
     values = follow_data({}, n, own_val)
     rest = n if own_val else n - values["val_size"]
     assert values["val_size"] == (own_val or max(math.floor(n / 10), min(math.floor(n / 4), 20), 1))
