@@ -2046,7 +2046,7 @@ BELOW = {
 }
 OUTSIDE = {
     "data": "numpy PIL torchvision tqdm",
-    "augment": "torchvision matplotlib PIL",
+    "augment": "numpy torchvision matplotlib PIL",
     "evaluate": "matplotlib",
     "train": "tqdm",
     "bench": "torchvision PIL timm vit_pytorch",
