@@ -724,7 +724,8 @@ def test_the_program_evaluates_the_test_split_from_the_checkpoint_alone(plain, m
         assert json.loads(Path(folder, "metrics.json").read_text()) == expected
     history = log.read_log(plain / "log.csv")
     assert logs == [(f"{folder}/curves.png", history) for folder in ("copy", "new")]
-    assert expected["images"] == 30 and expected["split"] == "test" and len(history) == 2
+    assert expected["images"] == 30 and expected["split"] == "test"
+    assert expected["epochs_trained"] == len(history) == 2
 
 
 @pytest.mark.parametrize("damage", ["renamed", "semicolons", "binary", "a folder", "gone"])
@@ -888,6 +889,23 @@ def test_neither_the_terminal_nor_matplotlibs_settings_can_cost_a_result(foreign
     assert json.loads(Path("new/metrics.json").read_text())["classes"][0] == "狗"
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError, KeyboardInterrupt])
+def test_a_reader_that_goes_away_and_an_interrupt_are_not_taken_for_bad_input(
+    error, plain, monkeypatch
+):
+    """Wherever they come, for log.run_program() knows what to do; here among the pictures."""
+
+    def stop(*_):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(
+            evaluate, "plot_positions" if error is KeyboardInterrupt else "describe", stop
+        )
+        program(plain, "--device", "cpu", "--out", "new")
+
+
+@pytest.mark.slow
 def test_a_reader_that_goes_away_and_an_interrupt_leave_no_traceback(foreign):
     """`python evaluate.py out | head -1` and Ctrl-C: the exit codes that shells know."""
     head, stopped = (
