@@ -96,17 +96,17 @@ def program(*words):
 def test_auto_is_the_accelerator_that_is_there(monkeypatch):
     pretend(monkeypatch, "cuda")
     for name, kind in {"auto": "cuda", "cuda": "cuda", "cuda:1": "cuda:1", "cpu": "cpu"}.items():
-        assert evaluate.pick_device(name) == torch.device(kind)
+        assert checkpoint.pick_device(name) == torch.device(kind)
     wrong = {"mps": "there is cuda", "cuda:2": "there are 2", "tpu!": "unknown device"}
     for name, text in wrong.items():
         with pytest.raises(ValueError, match=text):
-            evaluate.pick_device(name)
+            checkpoint.pick_device(name)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
-    assert evaluate.pick_device("cuda") == torch.device("cuda")
+    assert checkpoint.pick_device("cuda") == torch.device("cuda")
     pretend(monkeypatch, None)
-    assert evaluate.pick_device("auto") == torch.device("cpu")
+    assert checkpoint.pick_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="there is only cpu"):
-        evaluate.pick_device("cuda")
+        checkpoint.pick_device("cuda")
 
 
 class Recorder(nn.Module):
@@ -289,16 +289,16 @@ def test_the_description_says_it_all_in_a_table():
         ["dog", "1", "50.00%", "100.00%", "66.67%"],
         ["eel", "0", "0.00%", "0.00%", "0.00%"],
     ]
-    assert "cat for dog 1x" in last and ";" not in last
+    assert "cat taken for dog 1x" in last and ";" not in last
     assert len({len(line) for line in (head, *rows)}) == 1
 
 
-def test_the_commonest_mistakes_come_first_and_are_at_most_five():
+def test_the_commonest_confusions_come_first_and_are_at_most_five():
     wrong = [(0, 1)] * 3 + [(1, 2)] * 5 + [(2, 0)] + [(0, 2), (1, 0)] * 2 + [(2, 1)]
     labels, predicted = map(torch.tensor, zip(*wrong))
     text = evaluate.describe(evaluate.measure(torch.eye(3)[predicted], labels, ["a", "b", "c"]))
     mistakes = text.splitlines()[-1].partition(": ")[2].split("; ")
-    assert mistakes[:2] == ["b for c 5x", "a for b 3x"] and len(mistakes) == 5
+    assert mistakes[:2] == ["b taken for c 5x", "a taken for b 3x"] and len(mistakes) == 5
 
 
 # ---- 4 Rollout ----

@@ -1310,7 +1310,7 @@ def listening(monkeypatch):
     """A handler that listens as in a run, and its clock."""
     old = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     clock = Clock(monkeypatch)
-    assert train.listen_to_signals() == old
+    assert log.listen_to_signals() == old
     yield clock
     for number, handler in old.items():
         signal.signal(number, handler)
@@ -1319,12 +1319,12 @@ def listening(monkeypatch):
 def test_a_second_signal_counts_after_more_than_a_second_and_not_within_it(listening):
     """torchrun sends SIGTERM to processes that Ctrl-C has reached already; and a person who
     presses it again a while later means it."""
-    with pytest.raises(train.Stopped):
+    with pytest.raises(log.Stopped):
         signal.raise_signal(signal.SIGINT)
     listening.now += 0.9
     signal.raise_signal(signal.SIGTERM)
     listening.now += 0.2
-    with pytest.raises(train.Stopped):
+    with pytest.raises(log.Stopped):
         signal.raise_signal(signal.SIGTERM)
 
 
@@ -1348,7 +1348,7 @@ def test_a_signal_that_is_swallowed_does_not_make_the_run_unstoppable(monkeypatc
         on_call(patch, optim, "train_step", 7, lambda *_: signal.raise_signal(signal.SIGINT))
         clock.takes("train_epoch", 2)
         assert run() == 130
-    assert swallowed == [train.Stopped]
+    assert swallowed == [log.Stopped]
 
 
 def test_no_signal_interrupts_the_farewell(monkeypatch, capsys):
@@ -1380,13 +1380,13 @@ def test_a_signal_at_any_moment_of_a_save_leaves_whole_files_and_ends_it():
     try:
         for _ in range(40):
             ours.written.clear()
-            train.listen_to_signals()
+            log.listen_to_signals()
             signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGINT))
             try:
                 signal.setitimer(signal.ITIMER_REAL, moments.uniform(1e-4, seconds))
                 train.save(ours)
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            except train.Stopped:
+            except log.Stopped:
                 stopped += 1
             checkpoint.load_checkpoint("out/last.pt")
             assert sorted(path.name for path in Path("out").iterdir()) == ["last.pt", "log.csv"]
@@ -1399,9 +1399,9 @@ def test_a_signal_at_any_moment_of_a_save_leaves_whole_files_and_ends_it():
 
 def test_the_command_that_continues_names_torchrun_when_it_was_used():
     """Quoted for a shell, and with --resume once."""
-    file = shlex.quote(train.program("train.py"))
-    assert train.command(["--out", "a b", "--resume"], 1) == f"python {file} --out 'a b' --resume"
-    assert train.command([], 4) == f"torchrun --nproc_per_node=4 {file} --resume"
+    file = shlex.quote(log.program("train.py"))
+    assert log.command(["--out", "a b", "--resume"], 1) == f"python {file} --out 'a b' --resume"
+    assert log.command([], 4) == f"torchrun --nproc_per_node=4 {file} --resume"
 
 
 @pytest.mark.parametrize("folder", [".", "assets", "..", "elsewhere"])
@@ -1410,9 +1410,9 @@ def test_a_hint_names_the_file_as_it_can_be_called_from_where_the_user_stands(
 ):
     monkeypatch.chdir(here if folder == "elsewhere" else HERE / folder)
     for name in ("train.py", "evaluate.py"):
-        assert os.path.samefile(train.program(name), HERE / name)
+        assert os.path.samefile(log.program(name), HERE / name)
     if folder == ".":
-        assert train.program("train.py") == "train.py"
+        assert log.program("train.py") == "train.py"
 
 
 # ---- 10 The finish ----
