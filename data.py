@@ -297,17 +297,31 @@ def channel_statistics(images: Tensor) -> tuple[tuple, tuple]:
     return tuple(mean), tuple(std)
 
 
-def split(labels, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
+def split(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the training and of the validation images: disjoint, complete, shuffled by seed.
 
-    ValueError unless 1 <= val_size < n.
+    Stratified: every class gives its share of the val_size images, to within one image, and keeps
+    one for training. ValueError for a val_size that cannot be had.
     """
-    n = len(labels)
-    if not 1 <= val_size < n:
-        limits = f"between 1 and {n - 1} for {n} training images"
+    n, sizes = len(labels), labels.bincount()
+    limit = min(n - 1, n - int((sizes > 1).sum()))
+    if not 1 <= val_size <= limit:
+        limits = (
+            f"between 1 and {limit} for {n} training images of {int((sizes > 0).sum())} classes"
+        )
         raise ValueError(f"val_size must be {limits}, got {val_size}")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return order[val_size:], order[:val_size]
+    # The j-th image of a class of m stands at (j + 1/2) / m: the first val_size images in the order
+    # of their places hold every class at its share.
+    place = torch.empty(n, dtype=torch.float64)
+    for label in labels.unique():
+        mine = order[labels[order] == label]
+        m = len(mine)
+        place[mine] = (torch.arange(m) + 0.5) / m
+        place[mine[-1]] = 1 if m == 1 else 2  # an only image comes late, the last of several never
+    is_val = torch.zeros(n, dtype=torch.bool)
+    is_val[order[place[order].argsort(stable=True)[:val_size]]] = True
+    return order[~is_val[order]], order[is_val[order]]
 
 
 def normalize(images: Tensor, mean: tuple | Tensor, std: tuple | Tensor) -> Tensor:

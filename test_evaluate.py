@@ -96,17 +96,17 @@ def program(*words):
 def test_auto_is_the_accelerator_that_is_there(monkeypatch):
     pretend(monkeypatch, "cuda")
     for name, kind in {"auto": "cuda", "cuda": "cuda", "cuda:1": "cuda:1", "cpu": "cpu"}.items():
-        assert evaluate.pick_device(name) == torch.device(kind)
+        assert checkpoint.pick_device(name) == torch.device(kind)
     wrong = {"mps": "there is cuda", "cuda:2": "there are 2", "tpu!": "unknown device"}
     for name, text in wrong.items():
         with pytest.raises(ValueError, match=text):
-            evaluate.pick_device(name)
+            checkpoint.pick_device(name)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
-    assert evaluate.pick_device("cuda") == torch.device("cuda")
+    assert checkpoint.pick_device("cuda") == torch.device("cuda")
     pretend(monkeypatch, None)
-    assert evaluate.pick_device("auto") == torch.device("cpu")
+    assert checkpoint.pick_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="there is only cpu"):
-        evaluate.pick_device("cuda")
+        checkpoint.pick_device("cuda")
 
 
 class Recorder(nn.Module):
@@ -289,16 +289,16 @@ def test_the_description_says_it_all_in_a_table():
         ["dog", "1", "50.00%", "100.00%", "66.67%"],
         ["eel", "0", "0.00%", "0.00%", "0.00%"],
     ]
-    assert "cat for dog 1x" in last and ";" not in last
+    assert "cat taken for dog 1x" in last and ";" not in last
     assert len({len(line) for line in (head, *rows)}) == 1
 
 
-def test_the_commonest_mistakes_come_first_and_are_at_most_five():
+def test_the_commonest_confusions_come_first_and_are_at_most_five():
     wrong = [(0, 1)] * 3 + [(1, 2)] * 5 + [(2, 0)] + [(0, 2), (1, 0)] * 2 + [(2, 1)]
     labels, predicted = map(torch.tensor, zip(*wrong))
     text = evaluate.describe(evaluate.measure(torch.eye(3)[predicted], labels, ["a", "b", "c"]))
     mistakes = text.splitlines()[-1].partition(": ")[2].split("; ")
-    assert mistakes[:2] == ["b for c 5x", "a for b 3x"] and len(mistakes) == 5
+    assert mistakes[:2] == ["b taken for c 5x", "a taken for b 3x"] and len(mistakes) == 5
 
 
 # ---- 4 Rollout ----
@@ -724,7 +724,8 @@ def test_the_program_evaluates_the_test_split_from_the_checkpoint_alone(plain, m
         assert json.loads(Path(folder, "metrics.json").read_text()) == expected
     history = log.read_log(plain / "log.csv")
     assert logs == [(f"{folder}/curves.png", history) for folder in ("copy", "new")]
-    assert expected["images"] == 30 and expected["split"] == "test" and len(history) == 2
+    assert expected["images"] == 30 and expected["split"] == "test"
+    assert expected["epochs_trained"] == len(history) == 2
 
 
 @pytest.mark.parametrize("damage", ["renamed", "semicolons", "binary", "a folder", "gone"])
@@ -888,6 +889,23 @@ def test_neither_the_terminal_nor_matplotlibs_settings_can_cost_a_result(foreign
     assert json.loads(Path("new/metrics.json").read_text())["classes"][0] == "狗"
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError, KeyboardInterrupt])
+def test_a_reader_that_goes_away_and_an_interrupt_are_not_taken_for_bad_input(
+    error, plain, monkeypatch
+):
+    """Wherever they come, for log.run_program() knows what to do; here among the pictures."""
+
+    def stop(*_):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(
+            evaluate, "plot_positions" if error is KeyboardInterrupt else "describe", stop
+        )
+        program(plain, "--device", "cpu", "--out", "new")
+
+
+@pytest.mark.slow
 def test_a_reader_that_goes_away_and_an_interrupt_leave_no_traceback(foreign):
     """`python evaluate.py out | head -1` and Ctrl-C: the exit codes that shells know."""
     head, stopped = (

@@ -47,11 +47,14 @@ def test_orthogonalising_keeps_the_singular_vectors_and_levels_the_values(rows, 
     assert torch.equal(matrices, before)
 
 
-def test_singular_values_above_a_hundredth_of_the_norm_end_between_0_6_and_1_3():
-    """Far smaller ones grow some hundredfold (3.4445^5 = 485), and zero stays zero."""
-    even = newton_schulz(torch.linspace(0.01, 1, 10_000, dtype=torch.float64))
-    assert 0.6 < even.min() and even.max() < 1.21
-    assert newton_schulz(1e-9) == pytest.approx(485e-9, rel=1e-3)
+def test_values_above_a_hundredth_of_the_norm_end_between_0_6_and_1_2():
+    """diag(cos, sin) has norm 1. Far smaller values grow 3.4445^5 = 484.9 times, to stay small."""
+    angles = torch.linspace(0.01, math.pi / 2, 10_000, dtype=torch.float64)
+    levelled = orthogonalize(torch.diag_embed(torch.stack([angles.cos(), angles.sin()], 1)))
+    sines = levelled[:, 1, 1]
+    assert 0.6 < sines.min() and sines.max() < 1.21
+    tiny = orthogonalize(torch.diag(torch.tensor([1, 1e-9], dtype=torch.float64))[None])
+    assert tiny[0, 1, 1] == pytest.approx(484.9e-9, rel=1e-3)
 
 
 def test_orthogonalising_a_gradient_of_zeros_gives_zeros():

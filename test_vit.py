@@ -2,8 +2,9 @@
 The specification of vit.py: every test is a sentence about the model, its docstring the formula
 or the reason.
 
-    1 config       2 patches            3 positions and pooling
-    4 attention    5 block and model    6 initialisation          7 the file
+    1 config       2 patches                   3 positions and pooling
+    4 attention    5 relative position bias    6 block and model
+    7 initialisation                           8 the file
 
 Three habits make the sentences bite:
 
@@ -55,10 +56,11 @@ seeds = st.integers(0, 2**31 - 1)
 batches = st.integers(1, 3)
 rates = st.floats(0.1, 0.8)
 pools = st.sampled_from(["cls", "mean"])
+biases = st.booleans()
 
 
 @st.composite
-def configs(draw, pools=pools, biases=st.booleans()):
+def configs(draw, pools=pools, biases=biases):
     """Sizes are distinct small numbers, multiplied, so that no two axes agree by accident.
 
     The rates are not zero: in eval mode, where most tests run, they must not matter.
@@ -748,7 +750,37 @@ def test_an_image_does_not_depend_on_its_batch_mates(fused, config, seed):
     close(model(images), torch.cat([model(image[None]) for image in images]))
 
 
-# ---- 4b Relative position bias ----
+@both_paths
+@given(rates, seeds)
+def test_attention_dropout_silences_single_weights_in_training_only(fused, rate, seed):
+    """q = k = 0 makes all weights 1/N, and v = x = [identity, identity] shows them, twice.
+
+    Both copies must have lost the same ones: it is weights that fall silent, not outputs.
+    """
+    N, D = 64, 128
+    eye, zero = torch.eye(D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64)
+    layer = MultiHeadAttention(ViTConfig(dim=D, heads=1, attn_dropout=rate)).double()
+    layer.fused = fused
+    layer.qkv.weight.data, layer.qkv.bias.data = torch.cat([zero, zero, eye]), zero[0].repeat(3)
+    layer.proj.weight.data, layer.proj.bias.data = eye, zero[0]
+    x = torch.eye(N, dtype=torch.float64).repeat(1, 1, 2)
+    weights = torch.full((1, N, N), 1 / N, dtype=torch.float64)
+    close(layer.eval()(x), weights.repeat(1, 1, 2))
+    with global_seed(seed):
+        left, right = layer.train()(x).split(N, -1)
+    assert torch.equal(left, right)
+    is_dropout_of(weights, left, rate)
+
+
+@given(configs(), seeds)
+def test_the_weights_that_attention_returns_are_those_before_dropout(config, seed):
+    """What is looked at is what the model computed, not what training happened to silence."""
+    qkv = draw_qkv(config, generator(seed))
+    with global_seed(seed):
+        close(attention(*qkv, dropout=0.5)[1], attention(*qkv)[1])
+
+
+# ---- 5 Relative position bias ----
 
 # Key minus query, (rows down, columns right), of the first nine heads.
 NEIGHBOURS = [(0, 0), (-1, 0), (0, -1), (0, 1), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]
@@ -832,40 +864,7 @@ def test_the_bias_leaves_every_other_name_and_initial_weight_as_it_is(config, se
     assert all(torch.equal(off[name], on[name]) for name in off)
 
 
-# ---- 4c Dropout in attention ----
-
-
-@both_paths
-@given(rates, seeds)
-def test_attention_dropout_silences_single_weights_in_training_only(fused, rate, seed):
-    """q = k = 0 makes all weights 1/N, and v = x = [identity, identity] shows them, twice.
-
-    Both copies must have lost the same ones: it is weights that fall silent, not outputs.
-    """
-    N, D = 64, 128
-    eye, zero = torch.eye(D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64)
-    layer = MultiHeadAttention(ViTConfig(dim=D, heads=1, attn_dropout=rate)).double()
-    layer.fused = fused
-    layer.qkv.weight.data, layer.qkv.bias.data = torch.cat([zero, zero, eye]), zero[0].repeat(3)
-    layer.proj.weight.data, layer.proj.bias.data = eye, zero[0]
-    x = torch.eye(N, dtype=torch.float64).repeat(1, 1, 2)
-    weights = torch.full((1, N, N), 1 / N, dtype=torch.float64)
-    close(layer.eval()(x), weights.repeat(1, 1, 2))
-    with global_seed(seed):
-        left, right = layer.train()(x).split(N, -1)
-    assert torch.equal(left, right)
-    is_dropout_of(weights, left, rate)
-
-
-@given(configs(), seeds)
-def test_the_weights_that_attention_returns_are_those_before_dropout(config, seed):
-    """What is looked at is what the model computed, not what training happened to silence."""
-    qkv = draw_qkv(config, generator(seed))
-    with global_seed(seed):
-        close(attention(*qkv, dropout=0.5)[1], attention(*qkv)[1])
-
-
-# ---- 5 Block and model ----
+# ---- 6 Block and model ----
 
 
 def test_expect_names_both_shapes_and_lets_letters_stand_for_any_size():
@@ -1187,13 +1186,13 @@ def test_the_parameter_count_matches_the_formula(config):
     assert sum(tensor.numel() for tensor in model.state_dict().values()) == total
 
 
-# ---- 6 Initialisation ----
+# ---- 7 Initialisation ----
 
 
 @given(seeds)
 @example(590683513)  # with torch 2.11's trunc_normal_ one weight is -2 here
 def test_initial_statistics_follow_the_table(seed):
-    """Biases 0, LayerNorm gains 1, all else mean 0 and deviation 0.02. (4b has the tables.)
+    """Biases 0, LayerNorm gains 1, all else mean 0 and deviation 0.02. (Part 5 has the tables.)
 
     Within six standard errors, which are passed once in 1e8 times: for the 192 numbers of the
     class token that is 31 % of the deviation, for a matrix at most 10 %.
@@ -1274,7 +1273,7 @@ def test_every_parameter_receives_a_gradient(fused, config, seed):
         assert (gradient != 0).any(-1).all(), name
 
 
-# ---- 7 The file ----
+# ---- 8 The file ----
 
 
 def tour(capsys):

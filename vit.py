@@ -21,6 +21,7 @@ timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -126,8 +127,9 @@ class PatchEmbedding(nn.Module):
         if tuple(images.shape[1:]) != self.shape:  # the user's images: an error, not an assertion
             expected = ", ".join(map(str, self.shape))
             raise ValueError(f"expected images of shape (B, {expected}), got {tuple(images.shape)}")
-        x = self.proj(images)  # (B, D, H/patch, W/patch)
-        return x.flatten(2).transpose(1, 2).contiguous()  # (B, P, D), in memory too
+        x = self.proj(images)  # (B, D, S, S)
+        # A copy, once: as a view of columns it would be copied by every norm of every block.
+        return x.flatten(2).transpose(1, 2).contiguous()  # (B, P, D)
 
 
 def attention(
@@ -183,7 +185,7 @@ class MultiHeadAttention(nn.Module):
         if config.relative_position_bias:
             table = torch.empty((2 * config.side - 1) ** 2, config.heads)
             self.relative_position_bias_table = nn.Parameter(table)
-        self.side, self.class_tokens = config.side, config.num_tokens - config.num_patches
+            self.side, self.class_tokens = config.side, config.num_tokens - config.num_patches
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project x and split it into queries, keys and values of every head, each (B, h, N, d)."""
@@ -194,9 +196,9 @@ class MultiHeadAttention(nn.Module):
     def bias(self) -> Tensor | None:
         """(h, N, N): what is added to the scores (Swin, Liu 2021, eq. 4). The class token gets 0.
 
-        The table has a row for every displacement from query to key, S - 1 patches up and left to
-        S - 1 down and right. Seen as a picture, a query reads an S x S window of it, a number a
-        key, and the last query reads the first window.
+        The table has a row for every displacement from query to key, in reading order: from S - 1
+        up and S - 1 left to as many down and right. Laid out as a picture, each query sees a window
+        of S x S numbers, one for every key. The last query sees the first window.
         """
         if self.relative_position_bias_table is None:
             return None
@@ -301,8 +303,8 @@ class VisionTransformer(nn.Module):
 
         Biases 0, LayerNorm gains 1, relative positions like a convolution, the rest normal with
         standard deviation 0.02. That is DeiT's choice. (It calls it truncated, but at +-2 = 100
-        standard deviations nothing is cut, and torch 2.11's trunc_normal_ draws a -2 by itself, once
-        in 2^24 numbers.)
+        standard deviations nothing is cut. torch 2.11's trunc_normal_ itself draws a -2, once in
+        2^24 numbers.)
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -356,28 +358,23 @@ def main():
     model = VisionTransformer(config).eval()
     parts = ("norm1", "attn.qkv", "attn.proj", "attn", "norm2", "mlp.fc1", "mlp.fc2", "mlp")
     names = ("patch_embed", *(f"blocks.0.{part}" for part in parts), "blocks.0", "norm", "head")
+    shapes = {}  # name -> of what goes in and of what comes out
 
-    seen = {}  # name -> what forward() was given there
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, name=name: seen.update({name: inputs})
-        )
-        for name in names
-    ]
-    with torch.no_grad():
+    def watch(name, module, inputs, output):
+        shapes[name] = f"{tuple(inputs[0].shape)!s:<14} -> {tuple(output.shape)!s:<14}"
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(partial(watch, name))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, config.in_channels, config.image_size, config.image_size))
-        for hook in hooks:
-            hook.remove()
-        columns = f"{'name':<20}{'module':<24}{'input':<14}    {'output':<14}"
-        print(f"{columns}{'parameters':>11}{'FLOPs':>12}")
-        for name in names:
-            module = model.get_submodule(name)
-            with FlopCounterMode(display=False) as counter:
-                output = module(*seen[name])
-            what = f"{name:<20}{type(module).__name__:<24}"
-            shapes = f"{tuple(seen[name][0].shape)!s:<14} -> {tuple(output.shape)!s:<14}"
-            parameters = sum(p.numel() for p in module.parameters())
-            print(f"{what}{shapes}{parameters:>11,}{counter.get_total_flops():>12,}")
+    columns = f"{'name':<20}{'module':<24}{'input':<14}    {'output':<14}"
+    print(f"{columns}{'parameters':>11}{'FLOPs':>12}")
+    for name in names:
+        module = model.get_submodule(name)
+        what = f"{name:<20}{type(module).__name__:<24}{shapes[name]}"
+        parameters = sum(p.numel() for p in module.parameters())
+        flops = sum(counter.flop_counts[f"VisionTransformer.{name}"].values())
+        print(f"{what}{parameters:>11,}{flops:>12,}")
     cls_token, pos_embed = tuple(model.cls_token.shape), tuple(model.pos_embed.shape)
     total, flops = sum(p.numel() for p in model.parameters()), config.flops_per_image
     print(f"blocks.1 to blocks.{config.depth - 1} are like blocks.0, with weights of their own.")
