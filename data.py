@@ -317,7 +317,7 @@ def split(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
     for label in labels.unique():
         mine = order[labels[order] == label]
         m = len(mine)
-        place[mine] = (torch.arange(m) + 0.5) / m
+        place[mine] = (torch.arange(m, dtype=torch.float64) + 0.5) / m
         place[mine[-1]] = 1 if m == 1 else 2  # an only image comes late, the last of several never
     is_val = torch.zeros(n, dtype=torch.bool)
     is_val[order[place[order].argsort(stable=True)[:val_size]]] = True
