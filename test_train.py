@@ -665,6 +665,20 @@ def test_the_numbers_of_a_validation_are_those_of_clean_images():
     assert not pairs
 
 
+def test_a_validation_computes_in_the_precision_of_the_run():
+    """Else it would take twice as long, and measure another model than is trained."""
+    assert run("--dtype", "bfloat16") == 0
+    last = checkpoint.load_checkpoint("out/last.pt")
+    _, index = data.split(DATASET.train_labels, 20, 0)
+    x = data.normalize(DATASET.train_images[index], DATASET.mean, DATASET.std)
+    losses = []
+    for low in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            logits = checkpoint.build_model(last)(x)
+        losses.append(F.cross_entropy(logits.float(), DATASET.train_labels[index]).item())
+    assert losses[0] != losses[1] and last["history"][-1]["val_loss"] == losses[0]
+
+
 def test_validation_changes_nothing():
     """It draws no random number and leaves the model in train mode."""
     for every in (1, 4):
@@ -720,6 +734,9 @@ def test_the_average_is_what_is_chosen_and_kept(monkeypatch):
 # ---- 6 Setting up ----
 
 
+UNSPLIT = [word for word in TINY if word not in ("--val-size", "20")]
+
+
 def test_validation_images_are_held_out_of_the_training_set():
     """By the seed, stratified as data.split() does it, and none is in both parts."""
     ours = prepare("--seed", 3)
@@ -740,11 +757,12 @@ def test_a_dataset_that_brings_validation_images_loses_none_of_its_others(monkey
     ):
         assert all(map(torch.equal, found, expected))
     assert run("--max-minutes", 1e-9) == run("--resume") == 0
+    assert main(*UNSPLIT, "--out", "new") == 0
+    assert saved("new/last.pt")["train"]["val_size"] == 7
 
 
 def test_a_tenth_of_the_images_is_held_out_unless_it_is_said():
-    flags = [word for word in TINY if word not in ("--val-size", "20")]
-    assert main(*flags, "--max-minutes", 1e-9) == 0
+    assert main(*UNSPLIT, "--max-minutes", 1e-9) == 0
     assert saved()["train"]["val_size"] == 6
 
 

@@ -217,7 +217,6 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     What the user can have got wrong is a ValueError or an OSError in here.
     """
     # the recipe: what was typed, or on resume what was saved
-    recipe.build_configs({name: flags[name] for name in recipe.SESSION if name in flags})
     out = flags.get("out", TrainConfig.out)
     last = checkpoint.check_out(out, flags.get("resume", False))
     saved = {**last["train"], **last["vit"]} if last else None
