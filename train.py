@@ -279,7 +279,9 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         run.peak = log.measure_peak(device, state.dtype) * world
         run.versions = checkpoint.versions(device)
         print(log.describe_run(run, steps))
-        loss, _ = validate(run, state.model, [part[:1_000] for part in val_set])
+        loss = math.nan
+        if run.epoch == 0:
+            loss, _ = validate(run, state.model, [part[:1_000] for part in val_set])
         print(log.describe_start(run, loss))
         print(log.header(run.unused), flush=True)
     return run
@@ -298,11 +300,11 @@ def restore(run: Run, last: dict):
         run.state.load_state_dict(last)
         run.epoch, run.best, run.history = (last[key] for key in ("epoch", "best", "history"))
         checkpoint.best_of(last) if run.best else None
+        if config.lr != last["train"]["lr"]:
+            optim.change_lr(run.state, config.lr / last["train"]["lr"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         path = run.path("last.pt")
         raise ValueError(f"{path} does not hold a run's whole state ({error!r})") from None
-    if config.lr != last["train"]["lr"]:
-        optim.change_lr(run.state, config.lr / last["train"]["lr"])
 
 
 def snapshot(run: Run) -> dict:
