@@ -3,7 +3,7 @@ Pixels: from files to uint8 tensors. Knows nothing of models, and nothing of aug
 
     load        files              -> uint8 images (N, 3, H, W), int64 labels (N,), twice:
                                       for training and for test
-    split       the numbers 0..N-1 -> training and validation indices
+    split       labels (N,)        -> training and validation indices
     normalize   uint8 (B, 3, H, W) -> float32 (B, 3, H, W)
 
 There are no worker processes. All of CIFAR-10 is 184 MB of uint8: it is decoded once, moved to the
@@ -283,26 +283,45 @@ def channel_statistics(images: Tensor) -> tuple[tuple, tuple]:
     """Mean and standard deviation of the pixels of uint8 (N, 3, H, W), per channel, in [0, 1].
 
     Of all pixels together. (The std 0.2023, 0.1994, 0.2010 often pasted for CIFAR-10 is the mean of
-    each image's own.)
+    each image's own.) A channel of one value has the deviation 1: it is normalised to 0, and not to
+    0 / 0. Without images: 0 and 1, which leave pixels as they are.
     """
     levels, mean, std = torch.arange(256, dtype=torch.float64) / 255, [], []
-    for channel in images.unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+    for c in range(3):
+        counts = torch.zeros(256, dtype=torch.int64)
+        for part in images.split(1_000):  # a copy of a thousand images, and not of all
+            counts += part[:, c].flatten().bincount(minlength=256)
+        share = counts.double() / counts.sum().clamp(min=1)
         mean.append((share * levels).sum().item())
-        std.append((share * (levels - mean[-1]) ** 2).sum().sqrt().item())
+        std.append((share * (levels - mean[-1]) ** 2).sum().sqrt().item() or 1.0)
     return tuple(mean), tuple(std)
 
 
-def split(n: int, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
+def split(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the training and of the validation images: disjoint, complete, shuffled by seed.
 
-    ValueError unless 1 <= val_size < n.
+    Stratified: every class gives its share of the val_size images, to within one image, and keeps
+    one for training. ValueError for a val_size that cannot be had.
     """
-    if not 1 <= val_size < n:
-        limits = f"between 1 and {n - 1} for {n} training images"
+    n, sizes = len(labels), labels.bincount()
+    limit = min(n - 1, n - int((sizes > 1).sum()))
+    if not 1 <= val_size <= limit:
+        limits = (
+            f"between 1 and {limit} for {n} training images of {int((sizes > 0).sum())} classes"
+        )
         raise ValueError(f"val_size must be {limits}, got {val_size}")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return order[val_size:], order[:val_size]
+    # The j-th image of a class of m stands at (j + 1/2) / m: the first val_size images in the order
+    # of their places hold every class at its share.
+    place = torch.empty(n, dtype=torch.float64)
+    for label in labels.unique():
+        mine = order[labels[order] == label]
+        m = len(mine)
+        place[mine] = (torch.arange(m, dtype=torch.float64) + 0.5) / m
+        place[mine[-1]] = 1 if m == 1 else 2  # an only image comes late, the last of several never
+    is_val = torch.zeros(n, dtype=torch.bool)
+    is_val[order[place[order].argsort(stable=True)[:val_size]]] = True
+    return order[~is_val[order]], order[is_val[order]]
 
 
 def normalize(images: Tensor, mean: tuple | Tensor, std: tuple | Tensor) -> Tensor:

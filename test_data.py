@@ -19,6 +19,7 @@ import pickle
 import socket
 import tarfile
 import urllib.request
+from collections import Counter
 from http.client import BadStatusLine
 from pathlib import Path
 from unittest import mock
@@ -26,7 +27,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torchvision import datasets
@@ -502,34 +503,81 @@ def test_a_read_only_place_costs_a_warning_and_nothing_else(what, tmp_path, monk
 # ---- 3 Split, statistics, normalise ----
 
 
-@given(st.integers(2, 50), st.data(), seeds)
-def test_train_and_validation_are_disjoint_cover_everything_and_never_move(n, more, seed):
+class_labels = st.lists(st.integers(0, 5), min_size=1, max_size=60).map(torch.tensor)
+
+
+def limit_of(labels):
+    """All but one image, and all but one of every class that has two."""
+    return min(len(labels) - 1, len(labels) - sum(n > 1 for n in Counter(labels.tolist()).values()))
+
+
+@given(class_labels, st.data(), seeds)
+def test_train_and_validation_are_disjoint_cover_everything_and_never_move(labels, more, seed):
     """Together 0..n-1, each once; the same seed gives the same split in the same order."""
-    val_size = more.draw(st.integers(1, n - 1))
-    train, val = data.split(n, val_size, seed)
-    assert len(val) == val_size and sorted(torch.cat([train, val]).tolist()) == list(range(n))
-    again = data.split(n, val_size, seed)
+    assume(limit_of(labels) >= 1)
+    val_size = more.draw(st.integers(1, limit_of(labels)))
+    train, val = data.split(labels, val_size, seed)
+    assert len(val) == val_size
+    assert sorted(torch.cat([train, val]).tolist()) == list(range(len(labels)))
+    again = data.split(labels, val_size, seed)
     assert torch.equal(train, again[0]) and torch.equal(val, again[1])
+
+
+@given(class_labels, st.data(), seeds)
+@example(torch.tensor([0] * 500 + [1] * 3), None, 0)
+def test_every_class_keeps_an_image_to_be_trained_on(labels, more, seed):
+    """However large the validation part; a class whose few images all fell there is never learned.
+    A class of one image gives it only where nothing else is left."""
+    assume(limit_of(labels) >= 1)
+    val_size = more.draw(st.integers(1, limit_of(labels))) if more else 501
+    train, val = (labels[part].tolist() for part in data.split(labels, val_size, seed))
+    counts = Counter(labels.tolist())
+    assert all(n == 1 or label in train for label, n in counts.items())
+    if any(counts[label] == 1 for label in val):
+        assert all(counts[label] == 1 or train.count(label) == 1 for label in train)
+
+
+@given(st.lists(st.integers(2, 40), min_size=2, max_size=5), st.floats(0.05, 0.7), seeds)
+def test_every_class_gives_its_share_to_within_one_image(counts, share, seed):
+    """CIFAR-10's 5,000 of 50,000 are 500 a class."""
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    val_size = max(1, int(share * len(labels)))
+    _, val = data.split(labels, val_size, seed)
+    for label, n in enumerate(counts):
+        assert abs((labels[val] == label).sum() - n * val_size / len(labels)) <= 1
+
+
+def test_equal_classes_give_equally_many():
+    labels = torch.arange(10).repeat(50)
+    assert labels[data.split(labels, 50, 0)[1]].bincount().tolist() == [5] * 10
 
 
 def test_the_split_is_shuffled_by_its_seed():
     """Folders come sorted by class: the last 5,000 images would be 5,000 trucks. Two of 1,000!
-    orders agree, and one is sorted, with a chance of 1e-2567."""
-    parts = [torch.cat(data.split(1000, 100, seed)).tolist() for seed in (0, 1)]
-    assert parts[0] != parts[1] and all(part != sorted(part) for part in parts)
-    val = data.split(1000, 100, 0)[1]
-    assert_rate((val < 500).sum().item(), 100, 0.5)
+    orders agree, and one is sorted, with a chance of 1e-2567. Within a class any may be drawn."""
+    labels = torch.arange(2).repeat_interleave(500)
+    parts = [data.split(labels, 100, seed) for seed in (0, 1)]
+    for one, other in zip(*parts):
+        assert set(one.tolist()) != set(other.tolist())
+        assert one.tolist() != sorted(one.tolist())
+        assert_rate((labels[one[: len(one) // 2]] == 0).sum().item(), len(one) // 2, 0.5)
+    drawn = [data.split(labels[:8], 2, seed)[1].tolist() for seed in range(600)]
+    for i in range(8):
+        assert_rate(sum(i in val for val in drawn), 600, 0.25)
 
 
-@pytest.mark.parametrize("val_size", [-1, 0, 10, 11])
+@pytest.mark.parametrize("val_size", [-1, 0, 9, 10, 11])
 def test_a_split_that_leaves_a_part_empty_is_refused_with_both_numbers(val_size):
-    with pytest.raises(ValueError, match=f"9 for 10 training images, got {val_size}"):
-        data.split(10, val_size, 0)
+    """Ten images in two classes: eight may go."""
+    with pytest.raises(ValueError, match=f"between 1 and 8 .*10 training.*got {val_size}"):
+        data.split(torch.tensor([0] * 4 + [1] * 6), val_size, 0)
 
 
 def test_a_split_may_keep_a_single_image_on_either_side():
-    assert [len(part) for part in data.split(10, 9, 0)] == [1, 9]
-    assert [len(part) for part in data.split(10, 1, 0)] == [9, 1]
+    one_class, all_different = torch.zeros(10, dtype=torch.int64), torch.arange(10)
+    for labels in (one_class, all_different):
+        assert [len(part) for part in data.split(labels, 9, 0)] == [1, 9]
+        assert [len(part) for part in data.split(labels, 1, 0)] == [9, 1]
 
 
 def statistics(images):
