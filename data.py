@@ -182,28 +182,63 @@ def list_images(root: str) -> tuple[list[str], list[tuple[str, int]]]:
     return classes, files
 
 
+MAX_PIXELS = 2**28  # a picture with more costs a warning, with twice as many it is refused
+# What puts a picture upright, by EXIF's number of how the camera was held (1 is upright).
+UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
+UPRIGHT |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+
+
 def open_image(path: str, image_size: int) -> Tensor:
     """A picture of any size and format as uint8 (3, image_size, image_size).
 
-    Scaled, then cropped to the centre square. ValueError, with the path, for a file that is not a
-    whole picture.
+    Scaled, then cropped to the centre square; transparent pixels are painted over white.
+    ValueError, with the path, for a file that is not a whole picture.
     """
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image, PngImagePlugin
 
+    # Pillow's own limits, 89 million pixels and 1 MB of text, refuse pictures that there are.
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
     try:
+        with open(path, "rb") as file:
+            if file.read(22) == b"version https://git-lf":
+                raise ValueError("it is a Git-LFS pointer to the picture: run git lfs pull")
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)  # upright, as the camera was held
-            if image.mode.startswith("I;16"):  # 16 bits of grey, which convert() would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.mode in ("I", "F"):  # 32 bits or floats: nobody knows what its white is
-                raise ValueError(f"pixels of mode {image.mode} are not supported")
-            if "transparency" in image.info:
-                image = image.convert("RGBA")  # else PIL warns about a transparent palette
+            # A JPEG scales itself by 2, 4 or 8 while it is read: to twice what is needed at least.
+            # Its size is then a fraction, and the last column is not a whole one.
+            draft = image.draft(None, (2 * image_size, 2 * image_size))
+            image.load()
+            w, h = draft[1][2:] if draft else image.size
+            turn = image.getexif().get(ExifTags.Base.Orientation)
+            if image.mode == "I" or image.mode.startswith("I;16"):
+                image = Image.fromarray(eight_bits(np.asarray(image)))
+            if image.mode == "F":  # nobody knows what its white is
+                raise ValueError("pixels of mode F are not supported")
+            if image.has_transparency_data:  # what lies below is often noise
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
     except Exception as error:  # PIL raises half a dozen types for broken files
         raise ValueError(f"cannot read the image {path}: {error}") from None
-    image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+    side = min(w, h)
+    box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2)
+    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box)
+    if turn in UPRIGHT:
+        image = image.transpose(Image.Transpose[UPRIGHT[turn]])
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def eight_bits(levels: np.ndarray) -> np.ndarray:
+    """Integer levels of grey as uint8.
+
+    The file does not say how many bits its camera had: the least of 8, 10, 12, 14 and 16 that holds
+    the brightest pixel. 12-bit data shifted as if it had 16 would be nearly black.
+    """
+    brightest = int(levels.max())
+    if levels.min() < 0 or brightest >= 2**16:
+        raise ValueError(f"levels from {levels.min()} to {brightest} are not supported")
+    bits = next(bits for bits in (8, 10, 12, 14, 16) if brightest < 2**bits)
+    return (levels >> (bits - 8)).astype(np.uint8)
 
 
 def save_atomically(obj, path: str, write=torch.save):
