@@ -16,10 +16,14 @@ Axes:  N images (tokens in vit.py)   B batch   C = 3 channels   H, W image heigh
 """
 
 import hashlib
+import itertools
 import os
+import sys
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -308,12 +312,88 @@ def set_aside(images: dict, data_dir: str) -> tuple[dict, dict]:
 
 
 def decode(paths: list[str], data_dir: str, image_size: int, is_all: bool) -> Tensor:
-    """The pictures as uint8 (N, 3, S, S)."""
-    print(f"decoding {len(paths):,} images of {data_dir}", flush=True)
+    """The pictures as uint8 (N, 3, S, S), from the cache where it has them, else from their files.
+
+    Every picture is kept as soon as it is decoded, so that a run that is killed loses none, and the
+    error that names what cannot be read comes last. Where these are not all the pictures of the
+    folder, the cache holds the others too: nothing in it is written over.
+    """
+    from tqdm import tqdm
+
     images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
-    for i, path in enumerate(paths):
-        images[i] = open_image(path, image_size)
+    pixels = images.view(len(paths), -1).numpy()
+    stamps = [stamp(path, data_dir) for path in paths]
+    missing = {key: i for i, key in enumerate(stamps)}
+    cache = os.path.join(data_dir, f".cache-{image_size}.bin")
+    places, end = read_cache(cache, pixels, missing)
+    places = itertools.chain(places if is_all else [], range(end, end + len(missing)))
+    if not missing:
+        return images
+    print(f"decoding {len(missing):,} images of {data_dir}, once", flush=True)
+
+    def attempt(i, place):
+        """What is wrong with the picture, or with its place in the cache, or None."""
+        try:
+            images[i] = open_image(paths[i], image_size)
+            write_record(cache, place, stamps[i] + pixels[i].tobytes())
+        except (ValueError, OSError) as error:
+            return error
+
+    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes without Python's lock
+    bar = {"unit": " images", "disable": True if sys.stderr is None else None}  # None: no terminal
+    try:
+        errors = tqdm(pool.map(attempt, missing.values(), places), total=len(missing), **bar)
+        errors = [error for error in errors if error]
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C: what has not begun is left
+    if unreadable := [str(error) for error in errors if isinstance(error, ValueError)]:
+        more = f"; and {len(unreadable) - 3:,} more" if len(unreadable) > 3 else ""
+        raise ValueError("; ".join(unreadable[:3]) + more)
+    if errors:  # a read-only folder, a full disk: the next run is slower
+        print(f"warning: the decoded images cannot be kept: {errors[0]}", file=sys.stderr)
     return images
+
+
+def stamp(path: str, data_dir: str) -> bytes:
+    """16 bytes that change with a file's name, size and time; not when the folder is moved."""
+    facts = [os.path.relpath(path, data_dir)]
+    if os.path.exists(path):  # and is no link that leads nowhere
+        facts += [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+    return hashlib.sha256(repr(facts).encode()).digest()[:16]
+
+
+# The cache is a row of records: stamp, pixels, crc32 of both. Each stands for itself: one that is
+# damaged, half written or of another picture is a free place. So a run may be killed at any moment,
+# and two that write at once can at worst undo each other's work.
+
+
+def read_cache(cache: str, pixels: np.ndarray, missing: dict[bytes, int]) -> tuple[list[int], int]:
+    """Fill the rows of pixels that are in the cache, and take them from missing: {stamp: row}.
+
+    Returns the numbers of the places in the file that hold none of them, and that of its end.
+    """
+    free, n = [], 0
+    try:
+        with open(cache, "rb") as file:
+            while record := file.read(16 + pixels.shape[1] + 4):
+                key, crc = record[:16], zlib.crc32(record[:-4]).to_bytes(4, "little")
+                if key in missing and record[-4:] == crc:
+                    pixels[missing.pop(key)] = np.frombuffer(record[16:-4], np.uint8)
+                else:
+                    free.append(n)
+                n += 1
+    except OSError:  # there is none yet, or it cannot be read: decoding puts it right
+        pass
+    return free, n
+
+
+def write_record(cache: str, place: int, record: bytes):
+    def create(path, flags):
+        return os.open(path, flags | os.O_CREAT, 0o666)
+
+    with open(cache, "r+b", buffering=0, opener=create) as file:
+        file.seek(place * (len(record) + 4))
+        file.write(record + zlib.crc32(record).to_bytes(4, "little"))
 
 
 MAX_PIXELS = 2**28  # a picture with more costs a warning, with twice as many it is refused

@@ -18,11 +18,16 @@ import itertools
 import os
 import pickle
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tarfile
+import time
 import urllib.request
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from http.client import BadStatusLine
 from pathlib import Path
 from unittest import mock
@@ -37,7 +42,7 @@ from PIL.PngImagePlugin import PngInfo
 from torchvision import datasets
 
 import data
-from testing import assert_rate, imports, key, noise, seeds, sizes, write_picture
+from testing import Payload, assert_rate, imports, key, noise, seeds, sizes, write_picture
 
 # ---- 1 CIFAR: a tiny tarball through torchvision's own code, without a network ----
 
@@ -318,6 +323,19 @@ def test_a_folder_that_brings_only_its_test_part_can_be_evaluated(tmp_path):
     assert got.train_images.shape == (0, 3, 6, 6) and got.train_images.dtype == torch.uint8
     assert got.train_labels.shape == (0,) and got.train_labels.dtype == torch.int64
     assert str(tmp_path / "train") in refused(tmp_path, FileNotFoundError)
+
+
+@pytest.mark.parametrize("make", [make_folder, lambda root: make_part(root, {"a": 5, "b": 10})])
+def test_the_test_part_alone_is_the_same_as_with_the_rest_and_needs_no_more_decoding(
+    make, tmp_path
+):
+    make(tmp_path)
+    alone = load_folder(tmp_path, only_test=True)
+    assert len(alone.train_images) == 0
+    assert len(decoded(tmp_path)) == len(load_folder(tmp_path).train_images)
+    whole = load_folder(tmp_path)
+    assert torch.equal(alone.test_images, whole.test_images)
+    assert torch.equal(alone.test_labels, whole.test_labels)
 
 
 @both_cifars
@@ -681,6 +699,287 @@ def test_a_photo_taken_with_the_camera_turned_stands_upright(orientation, suffix
     assert np.array_equal(data.open_image(str(tmp_path / f"a{suffix}"), 6), upright)
 
 
+# ---- 4 Decoding, once ----
+
+
+def cache_of(root):
+    (path,) = root.glob(".cache*")
+    return path
+
+
+def test_the_second_load_decodes_nothing_and_returns_the_same(tmp_path):
+    train, test = make_folder(tmp_path)
+    first = load_folder(tmp_path)
+    with mock.patch.object(data, "open_image", side_effect=AssertionError("decoded again")):
+        second = load_folder(tmp_path)
+    assert torch.equal(second.train_images, train) and torch.equal(second.test_images, test)
+    assert torch.equal(second.train_labels, first.train_labels)
+    assert torch.equal(second.test_labels, first.test_labels)
+    assert (second.classes, second.mean, second.std) == (first.classes, first.mean, first.std)
+
+
+def another_time(root):
+    path = root / "train/cat/0.bmp"
+    stat = path.stat()
+    write_picture(path, noise(1, 6, 6, 99)[0])  # a BMP of the same size in bytes
+    assert path.stat().st_size == stat.st_size
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+
+
+def another_size(root):
+    path = root / "train/cat/0.bmp"
+    stat = path.stat()
+    write_picture(path, noise(1, 7, 6, 99)[0])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as some unpackers restore it
+
+
+@pytest.mark.parametrize(
+    "change, again",
+    [
+        (another_time, ["train/cat/0.bmp"]),
+        (another_size, ["train/cat/0.bmp"]),
+        (
+            lambda root: write_picture(root / "test/cat/00.bmp", noise(1, 6, 6, 99)[0]),
+            ["test/cat/00.bmp"],
+        ),
+        (lambda root: (root / "test/dog/0.bmp").unlink(), []),
+        (
+            lambda root: (root / "train/cat/0.bmp").rename(root / "train/cat/9.bmp"),
+            ["train/cat/9.bmp"],
+        ),
+        (
+            lambda root: [(root / x / "dog").rename(root / x / "ant") for x in ("train", "test")],
+            [
+                f"{x}.bmp"
+                for x in ("test/ant/0", "test/ant/1", *(f"train/ant/{i}" for i in range(3)))
+            ],
+        ),
+    ],
+    ids=["other time", "other size", "added", "removed", "renamed", "class renamed"],
+)
+def test_only_what_has_changed_is_decoded_again(change, again, tmp_path):
+    """And a further load decodes nothing. All files get one time, as unpackers may leave them."""
+    make_folder(tmp_path, ".bmp")
+    for path in tmp_path.rglob("*.bmp"):
+        os.utime(path, ns=(10**18, 10**18))
+    load_folder(tmp_path)
+    change(tmp_path)
+    assert decoded(tmp_path) == again
+    got = load_folder(tmp_path)
+    assert decoded(tmp_path) == []
+    for part, images in (("train", got.train_images), ("test", got.test_images)):
+        files = sorted((tmp_path / part).rglob("*.bmp"))
+        assert torch.equal(images, torch.stack([data.open_image(str(x), 6) for x in files]))
+
+
+def test_a_folder_is_decoded_once_by_whatever_path(tmp_path, monkeypatch):
+    """Relative, absolute, and moved."""
+    make_folder(tmp_path / "pets")
+    monkeypatch.chdir(tmp_path)
+    assert [len(decoded(root)) for root in ("pets", "./pets/", tmp_path / "pets")] == [8, 0, 0]
+    os.rename("pets", "animals")
+    assert decoded("animals") == []
+
+
+def test_every_image_size_has_a_cache_of_its_own(tmp_path):
+    """Going back to 6 pixels after a run at 9 decodes nothing."""
+    make_folder(tmp_path)
+    assert [len(decoded(tmp_path, S)) for S in (6, 9, 6, 9)] == [8, 8, 0, 0]
+    assert load_folder(tmp_path, 9).train_images.shape == (5, 3, 9, 9)
+
+
+def test_caches_do_not_pile_up(tmp_path):
+    """Pictures come and go for ten runs: there is room for five, and not for fifty."""
+    make_folder(tmp_path)
+    load_folder(tmp_path)
+    files, size = sorted(os.listdir(tmp_path)), cache_of(tmp_path).stat().st_size
+    for i in range(10):
+        write_picture(tmp_path / "train/cat/0.png", noise(1, 6, 6, 10 + i)[0])
+        os.utime(tmp_path / "train/cat/0.png", (i, i))
+        load_folder(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == files and cache_of(tmp_path).stat().st_size == size
+
+
+@pytest.mark.parametrize("at", range(0, 8 * 128, 37))
+def test_a_damaged_byte_costs_one_picture(at, tmp_path):
+    """Wherever it is: in the stamp, the pixels or the checksum. It is decoded again, once."""
+    train, _ = make_folder(tmp_path)
+    load_folder(tmp_path)
+    content = bytearray(cache_of(tmp_path).read_bytes())
+    content[at] ^= 16
+    cache_of(tmp_path).write_bytes(content)
+    assert len(decoded(tmp_path)) == 1 and decoded(tmp_path) == []
+    assert torch.equal(load_folder(tmp_path).train_images, train)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", bytes(10_000), b"half"])
+def test_a_damaged_cache_is_replaced(content, tmp_path):
+    """Empty, of another kind, nothing but zeros, cut in the middle of a picture."""
+    train, _ = make_folder(tmp_path)
+    load_folder(tmp_path)
+    whole = cache_of(tmp_path).read_bytes()
+    cache_of(tmp_path).write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
+    assert torch.equal(load_folder(tmp_path).train_images, train)
+    assert decoded(tmp_path) == []
+
+
+def test_nothing_in_a_cache_is_run(tmp_path):
+    """A folder of pictures from a stranger may bring a cache along: it must be no pickle."""
+    train, _ = make_folder(tmp_path)
+    load_folder(tmp_path)
+    trap = tmp_path / "hacked"
+    for content in (pickle.dumps(Payload(str(trap))), bytes(16) + pickle.dumps(Payload(str(trap)))):
+        cache_of(tmp_path).write_bytes(content)
+        assert torch.equal(load_folder(tmp_path).train_images, train)
+    assert not trap.exists()
+    pickle.loads(pickle.dumps(Payload(str(trap))))
+    assert trap.exists()  # the trap would have worked
+
+
+def test_what_was_decoded_is_kept_when_the_run_is_killed(tmp_path):
+    """A process that dies by SIGKILL at its 61st picture of 120, in the middle of its work."""
+    make_part(tmp_path, {"cat": 60, "dog": 60})
+    program = (
+        "import data, itertools, os, signal, sys\n"
+        "real, count = data.open_image, itertools.count()\n"
+        "def deadly(path, size):\n"
+        "    next(count) == 60 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(path, size)\n"
+        "data.open_image = deadly\n"
+        "data.load('folder', sys.argv[1], 6)\n"
+    )
+    folder = Path(data.__file__).parent
+    run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=folder)
+    assert run.returncode == -signal.SIGKILL
+    lost = len(decoded(tmp_path)) - 60
+    assert 0 <= lost < 2 * os.cpu_count()  # those in flight
+    assert decoded(tmp_path) == []
+
+
+def test_an_interrupt_stops_the_decoding_at_once_and_keeps_what_is_done(tmp_path):
+    """Ctrl-C while the bar moves: the hundreds that wait are not decoded first."""
+    make_part(tmp_path, {"cat": 100, "dog": 100})
+    real, begun = data.open_image, []
+
+    def slow(path, S):
+        begun.append(path)
+        time.sleep(0.01)
+        if len(begun) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(path, S)
+
+    with mock.patch.object(data, "open_image", slow), pytest.raises(KeyboardInterrupt):
+        load_folder(tmp_path)
+    assert len(begun) < 100
+    assert len(decoded(tmp_path)) == 200 - len(begun)
+
+
+def test_all_unreadable_files_are_named_in_one_error_and_the_others_are_kept(tmp_path):
+    """Of both parts: the first three, and how many there are beside them."""
+    make_folder(tmp_path)
+    broken = [tmp_path / f"{part}/cat/{i}x.png" for part in ("train", "test") for i in (1, 2)]
+    for path in broken:
+        path.write_bytes(b"not a picture")
+    message = refused(tmp_path)
+    assert [str(path) in message for path in broken] == [True, True, True, False]
+    assert message.endswith("and 1 more")
+    for path in broken:
+        path.unlink()
+    assert decoded(tmp_path) == []
+
+
+def test_two_that_decode_at_once_do_not_disturb_each_other(tmp_path):
+    """Two threads with files of their own, as two processes would have; each picture is decoded by
+    both, and what is kept is whole."""
+    train = make_part(tmp_path / "train", {"cat": 40, "dog": 40}, suffix=".00.png")
+    make_part(tmp_path / "test", {"cat": 1, "dog": 1}, seed=1)
+    for _ in range(5):
+        for path in tmp_path.glob(".cache*"):
+            path.unlink()
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(load_folder, [tmp_path] * 2))
+        assert all(bag(got.train_images) == bag(train) for got in found)
+        assert decoded(tmp_path) == []
+        assert bag(load_folder(tmp_path).train_images) == bag(train)
+
+
+def test_evaluating_the_test_part_alone_forgets_nothing_of_the_rest(tmp_path):
+    """A new test picture must not take the place of a training picture that is not asked for."""
+    make_folder(tmp_path)
+    load_folder(tmp_path)
+    write_picture(tmp_path / "test/cat/9.png", noise(1, 6, 6, 9)[0])
+    assert len(load_folder(tmp_path, only_test=True).test_images) == 4
+    assert decoded(tmp_path) == []
+
+
+def test_a_cache_is_neither_a_picture_nor_a_class(tmp_path):
+    make_part(tmp_path, {"cat": 5, "dog": 5})
+    first, second = load_folder(tmp_path), load_folder(tmp_path)
+    assert list(tmp_path.glob(".cache*")) and first.classes == second.classes == ["cat", "dog"]
+    assert not any(data.is_picture(str(path)) for path in tmp_path.glob(".cache*"))
+
+
+def fail_to_open(path, mode="r", *args, _open=open, **kwargs):
+    if "w" in mode or "+" in mode:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+    return _open(path, mode, *args, **kwargs)
+
+
+def test_a_read_only_place_costs_a_warning_and_nothing_else(tmp_path, monkeypatch, capsys):
+    """Data sets often lie on a shared disk that nobody may write to. One line, for both parts."""
+    train, test = make_folder(tmp_path)
+    monkeypatch.setattr("builtins.open", fail_to_open)
+    got = load_folder(tmp_path)
+    assert torch.equal(got.train_images, train) and torch.equal(got.test_images, test)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: ") and "Read-only" in warning
+    assert not list(tmp_path.glob(".cache*"))
+
+
+def test_a_full_disk_costs_a_warning_and_keeps_what_fitted(tmp_path, capsys):
+    """A limit on the size of files, which the kernel enforces: room for 19.5 pictures of 34."""
+    resource = pytest.importorskip("resource")
+    train = make_part(tmp_path / "train", {"ant": 16, "bee": 16})
+    make_part(tmp_path / "test", {"ant": 1, "bee": 1}, seed=1)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(19.5 * 128), old[1]))
+    try:
+        got = load_folder(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert bag(got.train_images) == bag(train)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: ") and "too large" in warning
+    assert len(decoded(tmp_path)) == 34 - 19
+
+
+def test_a_program_without_a_standard_error_decodes_too(tmp_path, monkeypatch):
+    """pythonw and some services have none; a bar is for terminals."""
+    train, _ = make_folder(tmp_path)
+    monkeypatch.setattr("sys.stderr", None)
+    assert torch.equal(load_folder(tmp_path).train_images, train)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's peak memory")
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_loading_needs_less_than_twice_the_memory_of_the_images(is_cached, tmp_path):
+    """400 images of 256 pixels: 79 MB of uint8."""
+    for i, image in enumerate(noise(400, 8, 8, 0)):
+        write_picture(tmp_path / ("train", "test")[i % 2] / "ab"[i // 2 % 2] / f"{i}.bmp", image)
+    if is_cached:
+        load_folder(tmp_path, 256)
+
+    def megabytes(field):
+        (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if field in x]
+        return int(line.split()[1]) / 1000
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = megabytes("VmRSS")
+    got = load_folder(tmp_path, 256)
+    peak, size = megabytes("VmHWM") - before, 400 * 3 * 256 * 256 / 1e6
+    assert len(got.train_images) == 200 and peak < 2 * size, f"{peak / size:.2f} times"
+
+
 # ---- 5 Split, statistics, normalise ----
 
 
@@ -983,5 +1282,5 @@ def test_slow_libraries_are_imported_only_inside_functions():
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     inside = [node for function in functions for node in ast.walk(function)]
     outside = imports(set(ast.walk(tree)) - set(inside))
-    slow = {"torchvision", "PIL"}
+    slow = {"torchvision", "PIL", "tqdm"}
     assert slow <= imports(inside) and not slow & outside
