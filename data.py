@@ -209,14 +209,14 @@ def contents(folder: str) -> tuple[list[str], list[str]]:
     return folders, files
 
 
-def walk(folder: str, above: tuple = ()) -> Iterator[str]:
-    """The files in a folder and in all below it. Links are followed, but in no circle."""
-    above += (os.path.realpath(folder),)
+def walk(folder: str, seen: set[str]) -> Iterator[str]:
+    """The files in a folder and in all below it. Links are followed, each folder is seen once."""
+    seen.add(os.path.realpath(folder))
     folders, files = contents(folder)
     yield from files
     for path in folders:
-        if os.path.realpath(path) not in above:
-            yield from walk(path, above)
+        if os.path.realpath(path) not in seen:
+            yield from walk(path, seen)
 
 
 def list_images(root: str, passed_over: Counter) -> dict[str, list[str]]:
@@ -234,7 +234,7 @@ def list_images(root: str, passed_over: Counter) -> dict[str, list[str]]:
         name = os.path.basename(folder)
         if name != os.fsencode(name).decode(errors="replace"):
             raise ValueError(f"a class needs a name in UTF-8, got {name!a} in {root}")
-        files = list(walk(folder))
+        files = list(walk(folder, seen=set()))
         pictures = [path for path in files if is_picture(path)]
         if not pictures:
             raise FileNotFoundError(f"no pictures in {folder}: {found_in(folder)}")
