@@ -152,8 +152,7 @@ def build_state(
             block.compile(dynamic=False)
     forward = model
     if dist.is_initialized():
-        # The only buffers are constants.
-        forward = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        forward = nn.parallel.DistributedDataParallel(model)
     dtype = pick_dtype(config.dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return State(model, forward, compiled, ema, optimizer, scheduler, scaler, dtype)

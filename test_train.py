@@ -1774,7 +1774,6 @@ def two_processes(*flags):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`broadcast_buffers`:FutureWarning")  # of torch 2.14
 def test_two_processes_train_like_one(folder):
     """Same batches, same schedule, gradients averaged. And what two have begun, here copied when
     they had just saved their first epoch, one can finish."""
