@@ -323,6 +323,7 @@ def test_a_folder_that_brings_only_its_test_part_can_be_evaluated(tmp_path):
     assert got.classes == ["cat", "dog"] and torch.equal(got.test_images, test)
     assert got.train_images.shape == (0, 3, 6, 6) and got.train_images.dtype == torch.uint8
     assert got.train_labels.shape == (0,) and got.train_labels.dtype == torch.int64
+    assert (got.mean, got.std) == ((0,) * 3, (1,) * 3)  # of nothing: pixels stay as they are
     assert str(tmp_path / "train") in refused(tmp_path, FileNotFoundError)
 
 
