@@ -4,6 +4,7 @@ Augmentation: what training does to the pixels of an epoch, on whole batches and
     augment     uint8 (N, 3, H, W) -> uint8 (N, 3, H, W): crop, flip, RandAugment,
                                       a whole epoch in one call
     combine     float32 (B, 3, H, W), targets (B, K) -> the same: mixup or cutmix of a batch
+    epoch_batches      both, for the batches of an epoch
 
 Every image has draws of its own. Every random function draws from the CPU torch.Generator it is
 given and from nothing else, so one seed gives one batch, on every device. No function writes into
@@ -16,6 +17,7 @@ Axes:  N images (tokens in vit.py)   B batch   C = 3 channels   H, W image heigh
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -311,6 +313,51 @@ def combine(
         return images, targets
     mix, alpha = on[torch.randint(len(on), (), generator=generator).item()]
     return mix(images, targets, alpha, generator)
+
+
+# --- an epoch -------------------------------------------------------------------------------------
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """All randomness of an epoch follows from (seed, epoch): a resumed run needs no saved streams.
+
+    Not from seed + epoch: run 1 would then repeat run 0, an epoch ahead.
+    """
+    return seed * 1_000_003 + epoch
+
+
+def epoch_batches(
+    images: Tensor,
+    labels: Tensor,
+    mean: tuple,
+    std: tuple,
+    num_classes: int,
+    config,
+    epoch: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield an epoch's batches, (float32 (B, 3, H, W), targets (B, K)), from uint8 (N, 3, H, W).
+
+    config: a recipe.TrainConfig. Every image is visited at most once; the incomplete last batch is
+    left out, so that all shapes are equal.
+    """
+    generator = torch.Generator().manual_seed(epoch_seed(config.seed, epoch))
+
+    # augment everything at once
+    fill = tuple(255 * m for m in mean) if config.randaugment_fill == "mean" else None
+    policy = (config.randaugment_ops, config.randaugment_magnitude, config.randaugment_prob, fill)
+    images = augment(images, config.crop, *policy, generator)
+
+    # whole batches, in a new order; mixed until the last epochs, which see images as they are
+    order = torch.randperm(len(images), generator=generator).to(images.device)
+    mean, std = (torch.tensor(x, device=images.device) for x in (mean, std))
+    mixing = epoch <= round(config.mix_until * config.epochs)
+    whole = len(order) // config.batch_size * config.batch_size
+    for index in order[:whole].split(config.batch_size):
+        x = data.normalize(images[index], mean, std)
+        targets = soft_targets(labels[index], num_classes, config.label_smoothing)
+        if mixing and torch.rand((), generator=generator) < config.mix_prob:
+            x, targets = combine(x, targets, config.mixup, config.cutmix, generator)
+        yield x, targets
 
 
 def main(argv: list[str] | None = None):

@@ -239,7 +239,7 @@ def bench_epoch(batch: int, device, half: torch.dtype):
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(4):
             now = time.perf_counter()
-            batches = train.epoch_batches(images, labels, MEAN, STD, 10, config, epoch=turn)
+            batches = augment.epoch_batches(images, labels, MEAN, STD, 10, config, epoch=turn)
             for i, (x, y) in enumerate(batches):
                 if i == 0:  # the first batch brings the whole epoch's augmentation
                     now = lap("augmentation", now, per_epoch)

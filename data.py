@@ -3,7 +3,6 @@ Pixels: from files to uint8 tensors. Knows nothing of models, and nothing of aug
 
     load        files              -> uint8 images (N, 3, H, W), int64 labels (N,), twice:
                                       for training and for test
-    open_image  a file of any kind -> uint8 (3, H, W)
     split       labels (N,)        -> training and validation indices
     normalize   uint8 (B, 3, H, W) -> float32 (B, 3, H, W)
 
@@ -16,24 +15,17 @@ Axes:  N images (tokens in vit.py)   B batch   C = 3 channels   H, W image heigh
 """
 
 import hashlib
-import itertools
 import os
-import sys
-import unicodedata
-import zlib
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# torchvision and PIL are imported where they are used: they are slow to import, and --help need
-# not wait.
+from pictures import load_folder
+
+# torchvision is imported where it is used: it is slow to import, and --help need not wait.
 
 # --- datasets: files -> uint8 tensors -------------------------------------------------------------
 
@@ -130,331 +122,6 @@ def load_cifar(dataset: str, data_dir: str, download_url: str | None = None) -> 
     return train.classes, parts
 
 
-# --- folders of pictures --------------------------------------------------------------------------
-
-VAL_NAMES = ("val", "valid", "validation")
-EXPECTED = (
-    "expected <data-dir>/<class>/* with two classes or more, "
-    "or <data-dir>/train/<class>/* and <data-dir>/test/<class>/*"
-)
-
-
-def load_folder(data_dir: str, image_size: int, only_test: bool = False) -> tuple:
-    """(classes, {"train": (images, labels), "test": ..., perhaps "val": ...}) of own pictures.
-
-    They lie in data_dir/<class>/, or in data_dir/train/<class>/ and data_dir/test/<class>/, perhaps
-    with data_dir/val/<class>/. Where there is no test/, a fifth of every class is set aside for it.
-    """
-    if not os.path.isdir(data_dir):
-        raise FileNotFoundError(f"no folder {data_dir}: {EXPECTED}")
-    folders = {os.path.basename(path).lower(): path for path in contents(data_dir)[0]}
-    parts = {name: folders[name] for name in ("train", "test", *VAL_NAMES) if name in folders}
-    # A class may be called "train", as in cars, ships and trains: it has no folders in it.
-    if len(parts) < len(folders) and not any(contents(path)[0] for path in parts.values()):
-        parts = {}
-    vals = [name for name in VAL_NAMES if name in parts]
-    if len(vals) > 1:
-        raise ValueError(f"{data_dir} has {' and '.join(vals)}: keep one of them")
-
-    passed_over = Counter()  # ending -> number of files
-    files = {}  # part -> class -> paths
-    if only_test and "test" in parts:
-        files["test"] = list_images(parts["test"], passed_over)
-    else:
-        default = os.path.join(data_dir, "train") if parts else data_dir
-        files["train"] = list_images(parts.get("train", default), passed_over)
-        if "test" in parts:
-            files["test"] = list_images(parts["test"], passed_over)
-        else:
-            files["train"], files["test"] = set_aside(files["train"], data_dir)
-        for name in vals:
-            files["val"] = list_images(parts[name], passed_over)
-    if passed_over:
-        counts = ", ".join(f"{n:,} {ending}" for ending, n in passed_over.most_common())
-        print(f"passed over in {data_dir}: {counts}", flush=True)
-
-    if only_test:
-        files = {"test": files["test"]}
-    classes = list(files["test"])
-    for part, images in files.items():
-        if different := sorted(set(classes) ^ set(images)):
-            raise ValueError(
-                f"{data_dir}: {part} and test must have the same classes; "
-                f"in only one of them: {', '.join(different)}"
-            )
-    paths = [path for part in files.values() for name in classes for path in part[name]]
-    images, arrays = decode(paths, data_dir, image_size, is_all=not only_test), {}
-    for part in files:
-        counts = torch.tensor([len(files[part][name]) for name in classes])
-        labels = torch.arange(len(classes)).repeat_interleave(counts)
-        arrays[part], images = (images[: len(labels)], labels), images[len(labels) :]
-    return classes, arrays
-
-
-def contents(folder: str) -> tuple[list[str], list[str]]:
-    """Paths of the folders and of the files in a folder, sorted, without the hidden ones.
-
-    A link to the folder itself or to one above it is no way down, and is left out.
-    """
-    here = os.path.join(os.path.realpath(folder), "")
-    folders, files = [], []
-    for name in sorted(os.listdir(folder)):
-        path = os.path.join(folder, name)
-        if is_hidden(name):
-            continue
-        if not os.path.isdir(path):
-            files.append(path)
-        elif not here.startswith(os.path.join(os.path.realpath(path), "")):
-            folders.append(path)
-    return folders, files
-
-
-def walk(folder: str, seen: set[str]) -> Iterator[str]:
-    """The files in a folder and in all below it. Links are followed, each folder is seen once."""
-    seen.add(os.path.realpath(folder))
-    folders, files = contents(folder)
-    yield from files
-    for path in folders:
-        if os.path.realpath(path) not in seen:
-            yield from walk(path, seen)
-
-
-def list_images(root: str, passed_over: Counter) -> dict[str, list[str]]:
-    """{class: paths of its pictures} of root/<class>/, both sorted; counts what is no picture.
-
-    FileNotFoundError for what is missing or empty, ValueError for a single class.
-    """
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f"no folder {root}: {EXPECTED}")
-    folders, loose = contents(root)
-    if not folders:
-        raise FileNotFoundError(f"no class folders in {root}: {found_in(root)}; {EXPECTED}")
-    images = {}
-    for folder in folders:
-        name = os.path.basename(folder)
-        if name != os.fsencode(name).decode(errors="replace"):
-            raise ValueError(f"a class needs a name in UTF-8, got {name!a} in {root}")
-        files = list(walk(folder, seen=set()))
-        pictures = [path for path in files if is_picture(path)]
-        if not pictures:
-            raise FileNotFoundError(f"no pictures in {folder}: {found_in(folder)}")
-        passed_over.update(ending(path) for path in files if not is_picture(path))
-        # An accent is one character or two (macOS): the names look alike, and are one class.
-        images.setdefault(unicodedata.normalize("NFC", name), []).extend(pictures)
-    if len(images) == 1:
-        inside = f"in {folders[0]} {found_in(folders[0])}"
-        raise ValueError(f"{root} has a single class, {name}: {inside}; {EXPECTED}")
-    if pictures := sum(is_picture(path) for path in loose):
-        passed_over["outside the class folders"] += pictures
-    return dict(sorted(images.items()))
-
-
-def found_in(folder: str) -> str:
-    """For a message: what there is instead of what was expected."""
-    folders, files = contents(folder)
-    names = [os.path.basename(path) + "/" for path in folders]
-    if len(names) > 4:
-        names = [*names[:3], f"{len(names) - 3:,} more folders"]
-    names += [f"{n:,} {kind}" for kind, n in Counter(map(ending, files)).most_common(3)]
-    return "found " + (", ".join(names) or "nothing")
-
-
-def is_hidden(name: str) -> bool:
-    """Also what macOS, Windows and NAS boxes leave beside pictures: thumbnails, mostly."""
-    machine_made = ("@eaDir", "#recycle", "__MACOSX", "Thumbs.db", "desktop.ini")
-    return name.startswith(".") or name in machine_made
-
-
-def ending(path: str) -> str:
-    return os.path.splitext(path)[1].lower() or "without an ending"
-
-
-@cache
-def picture_endings() -> set[str]:
-    """Of all formats that Pillow reads by itself, with what this installation brings along."""
-    from PIL import Image
-
-    endings = Image.registered_extensions()
-    # PostScript would start Ghostscript; the others are names without a reader.
-    others = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
-    return {x for x, kind in endings.items() if kind in Image.OPEN and kind not in others}
-
-
-def is_picture(path: str) -> bool:
-    """By its name: not hidden, with an ending of a format that open_image reads."""
-    return not is_hidden(os.path.basename(path)) and ending(path) in picture_endings()
-
-
-def set_aside(images: dict, data_dir: str) -> tuple[dict, dict]:
-    """A fifth of every class for the test, and one at least where there are two: (rest, test).
-
-    The draw is a hash of the name: whatever the seed, and when pictures are added, those that were
-    in the test stay there, but for one or two at the border.
-    """
-
-    def draw(path):
-        return hashlib.sha256(os.fsencode(os.path.relpath(path, data_dir))).digest()
-
-    rest, test = {}, {}
-    for name, paths in images.items():
-        n = min(max(1, round(len(paths) / 5)), len(paths) - 1)
-        drawn = sorted(paths, key=draw)
-        rest[name], test[name] = sorted(drawn[n:]), sorted(drawn[:n])
-    n, total = (sum(map(len, part.values())) for part in (test, images))
-    if not n:
-        raise ValueError(f"{data_dir}: one picture a class leaves none to set aside for the test")
-    print(
-        f"{data_dir} has no test/: {n:,} of its {total:,} pictures, a fifth of every class, "
-        f"are set aside for the test, the same ones in every run",
-        flush=True,
-    )
-    return rest, test
-
-
-def decode(paths: list[str], data_dir: str, image_size: int, is_all: bool) -> Tensor:
-    """The pictures as uint8 (N, 3, S, S), from the cache where it has them, else from their files.
-
-    Every picture is kept as soon as it is decoded, so that a run that is killed loses none, and the
-    error that names what cannot be read comes last. Where these are not all the pictures of the
-    folder, the cache holds the others too: nothing in it is written over.
-    """
-    from tqdm import tqdm
-
-    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
-    pixels = images.view(len(paths), -1).numpy()
-    stamps = [stamp(path, data_dir) for path in paths]
-    missing = {key: i for i, key in enumerate(stamps)}
-    cache = os.path.join(data_dir, f".cache-{image_size}.bin")
-    places, end = read_cache(cache, pixels, missing)
-    places = itertools.chain(places if is_all else [], range(end, end + len(missing)))
-    if not missing:
-        return images
-    print(f"decoding {len(missing):,} images of {data_dir}, once", flush=True)
-
-    def attempt(i, place):
-        """What is wrong with the picture, or with its place in the cache, or None."""
-        try:
-            images[i] = open_image(paths[i], image_size)
-            write_record(cache, place, stamps[i] + pixels[i].tobytes())
-        except (ValueError, OSError) as error:
-            return error
-
-    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes without Python's lock
-    bar = {"unit": " images", "disable": True if sys.stderr is None else None}  # None: no terminal
-    try:
-        errors = tqdm(pool.map(attempt, missing.values(), places), total=len(missing), **bar)
-        errors = [error for error in errors if error]
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C: what has not begun is left
-    if unreadable := [str(error) for error in errors if isinstance(error, ValueError)]:
-        more = f"; and {len(unreadable) - 3:,} more" if len(unreadable) > 3 else ""
-        raise ValueError("; ".join(unreadable[:3]) + more)
-    if errors:  # a read-only folder, a full disk: the next run is slower
-        print(f"warning: the decoded images cannot be kept: {errors[0]}", file=sys.stderr)
-    return images
-
-
-def stamp(path: str, data_dir: str) -> bytes:
-    """16 bytes that change with a file's name, size and time; not when the folder is moved."""
-    facts = [os.path.relpath(path, data_dir)]
-    if os.path.exists(path):  # and is no link that leads nowhere
-        facts += [os.stat(path).st_size, os.stat(path).st_mtime_ns]
-    return hashlib.sha256(repr(facts).encode()).digest()[:16]
-
-
-# The cache is a row of records: stamp, pixels, crc32 of both. Each stands for itself: one that is
-# damaged, half written or of another picture is a free place. So a run may be killed at any moment,
-# and two that write at once can at worst undo each other's work.
-
-
-def read_cache(cache: str, pixels: np.ndarray, missing: dict[bytes, int]) -> tuple[list[int], int]:
-    """Fill the rows of pixels that are in the cache, and take them from missing: {stamp: row}.
-
-    Returns the numbers of the places in the file that hold none of them, and that of its end.
-    """
-    free, n = [], 0
-    try:
-        with open(cache, "rb") as file:
-            while record := file.read(16 + pixels.shape[1] + 4):
-                key, crc = record[:16], zlib.crc32(record[:-4]).to_bytes(4, "little")
-                if key in missing and record[-4:] == crc:
-                    pixels[missing.pop(key)] = np.frombuffer(record[16:-4], np.uint8)
-                else:
-                    free.append(n)
-                n += 1
-    except OSError:  # there is none yet, or it cannot be read: decoding puts it right
-        pass
-    return free, n
-
-
-def write_record(cache: str, place: int, record: bytes):
-    def create(path, flags):
-        return os.open(path, flags | os.O_CREAT, 0o666)
-
-    with open(cache, "r+b", buffering=0, opener=create) as file:
-        file.seek(place * (len(record) + 4))
-        file.write(record + zlib.crc32(record).to_bytes(4, "little"))
-
-
-MAX_PIXELS = 2**28  # a picture with more costs a warning, with twice as many it is refused
-# What puts a picture upright, by EXIF's number of how the camera was held (1 is upright).
-UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
-UPRIGHT |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
-
-
-def open_image(path: str, image_size: int) -> Tensor:
-    """A picture of any size and format as uint8 (3, image_size, image_size).
-
-    Scaled, then cropped to the centre square; transparent pixels are painted over white.
-    ValueError, with the path, for a file that is not a whole picture.
-    """
-    from PIL import ExifTags, Image, PngImagePlugin
-
-    # Pillow's own limits, 89 million pixels and 1 MB of text, refuse pictures that there are.
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
-    try:
-        with open(path, "rb") as file:
-            if file.read(22) == b"version https://git-lf":
-                raise ValueError("it is a Git-LFS pointer to the picture: run git lfs pull")
-        with Image.open(path) as image:
-            # A JPEG scales itself by 2, 4 or 8 while it is read: to twice what is needed at least.
-            # Its size is then a fraction, and the last column is not a whole one.
-            draft = image.draft(None, (2 * image_size, 2 * image_size))
-            image.load()
-            w, h = draft[1][2:] if draft else image.size
-            turn = image.getexif().get(ExifTags.Base.Orientation)
-            if image.mode == "I" or image.mode.startswith("I;16"):
-                image = Image.fromarray(eight_bits(np.asarray(image)))
-            if image.mode == "F":  # nobody knows what its white is
-                raise ValueError("pixels of mode F are not supported")
-            if image.has_transparency_data:  # what lies below is often noise
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-    except Exception as error:  # PIL raises half a dozen types for broken files
-        raise ValueError(f"cannot read the image {path}: {error}") from None
-    side = min(w, h)
-    box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2)
-    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box)
-    if turn in UPRIGHT:
-        image = image.transpose(Image.Transpose[UPRIGHT[turn]])
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def eight_bits(levels: np.ndarray) -> np.ndarray:
-    """Integer levels of grey as uint8.
-
-    The file does not say how many bits its camera had: the least of 8, 10, 12, 14 and 16 that holds
-    the brightest pixel. 12-bit data shifted as if it had 16 would be nearly black.
-    """
-    brightest = int(levels.max())
-    if levels.min() < 0 or brightest >= 2**16:
-        raise ValueError(f"levels from {levels.min()} to {brightest} are not supported")
-    bits = next(bits for bits in (8, 10, 12, 14, 16) if brightest < 2**bits)
-    return (levels >> (bits - 8)).astype(np.uint8)
-
-
 # --- drawings ------------------------------------------------------------------------------------
 
 SHAPES = {  # class: which points belong to it, at u (right), v (down) and radius r
@@ -549,6 +216,14 @@ def split(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
     is_val = torch.zeros(n, dtype=torch.bool)
     is_val[order[place[order].argsort(stable=True)[:val_size]]] = True
     return order[~is_val[order]], order[is_val[order]]
+
+
+def hold_out(dataset: Dataset, val_size: int, seed: int) -> tuple[tuple, tuple]:
+    """(images, labels) to train on, and to validate on: the dataset's own, or split off."""
+    images, labels = dataset.train_images, dataset.train_labels
+    if dataset.val_images is not None:
+        return (images, labels), (dataset.val_images, dataset.val_labels)
+    return tuple((images[index], labels[index]) for index in split(labels, val_size, seed))
 
 
 def normalize(images: Tensor, mean: tuple | Tensor, std: tuple | Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import data
 import log
+import pictures
 from checkpoint import build_model, load_checkpoint, pick_device, write_atomically
 from vit import VisionTransformer, ViTConfig
 
@@ -64,7 +65,7 @@ def predict(checkpoint: dict, images: Tensor | list[str], device: str = "auto") 
     """
     if not isinstance(images, Tensor):
         size = checkpoint["vit"]["image_size"]
-        images = torch.stack([data.open_image(path, size) for path in images])
+        images = torch.stack([pictures.open_image(path, size) for path in images])
     model = build_model(checkpoint).to(pick_device(device))
     return compute_logits(model, images, checkpoint["mean"], checkpoint["std"]).softmax(1).cpu()
 
@@ -344,10 +345,7 @@ def evaluate(
             raise ValueError(
                 "the training images have changed since: the validation images are lost among them"
             )
-        images, labels = dataset.val_images, dataset.val_labels
-        if images is None:
-            _, index = data.split(dataset.train_labels, recipe["val_size"], recipe["seed"])
-            images, labels = dataset.train_images[index], dataset.train_labels[index]
+        _, (images, labels) = data.hold_out(dataset, recipe["val_size"], recipe["seed"])
 
     # the numbers
     model = build_model(checkpoint).to(pick_device(device))
@@ -390,24 +388,12 @@ def read_metrics(out: str) -> dict:
     return metrics if isinstance(metrics, dict) else {}
 
 
-def pictures_in(paths: list[str]) -> list[str]:
-    """The files among these, and what lies in the folders among them, in order."""
-    found = []
-    for path in paths:
-        if os.path.isdir(path):
-            files = [os.path.join(top, file) for top, _, names in os.walk(path) for file in names]
-            found += sorted(file for file in files if data.is_picture(file))
-        else:
-            found.append(path)
-    return found
-
-
 def classify(checkpoint: dict, paths: list[str], device: str = "auto") -> int:
     """Print a line for each picture, with the three likeliest classes. Returns how many failed."""
     size, failed, images = checkpoint["vit"]["image_size"], 0, {}
     for path in paths:
         try:
-            images[path] = data.open_image(path, size)
+            images[path] = pictures.open_image(path, size)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             failed += 1
@@ -442,7 +428,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         checkpoint = load_checkpoint(path)
         if args.images:
-            paths = pictures_in(args.images)
+            paths = pictures.files_in(args.images)
             if not paths:
                 raise ValueError(f"no pictures in {', '.join(args.images)}")
             return 2 if classify(checkpoint, paths, args.device) else 0

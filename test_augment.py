@@ -17,11 +17,9 @@ Hypothesis draws sizes and an integer seed, and every tensor is made from that s
 letters are those of augment.py.
 """
 
-import ast
 import itertools
 import math
 from collections import Counter
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -35,7 +33,7 @@ from torchvision.transforms.v2 import functional as tv
 
 import augment
 import data
-from testing import assert_frequencies, assert_rate, imports, key, noise, rng, seeds, sizes
+from testing import assert_frequencies, assert_rate, key, noise, rng, seeds, sizes
 
 # ---- What the tests draw ----
 
@@ -690,16 +688,6 @@ def test_two_alphas_of_zero_leave_the_batch_alone():
 
 
 # ---- 4 The file ----
-
-
-def test_slow_libraries_are_imported_only_inside_functions():
-    """Together they take longer to import than most tests take to run."""
-    tree = ast.parse(Path(augment.__file__).read_text())
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    inside = [node for function in functions for node in ast.walk(function)]
-    outside = imports(set(ast.walk(tree)) - set(inside))
-    slow = {"torchvision", "matplotlib"}
-    assert slow <= imports(inside) and not slow & outside
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def epoch_batches(config, epoch=1, dataset=DATASET):
     """A list of (images, targets)."""
     statistics = (dataset.mean, dataset.std, len(dataset.classes))
     images, labels = dataset.train_images, dataset.train_labels
-    return list(train.epoch_batches(images, labels, *statistics, config, epoch))
+    return list(augment.epoch_batches(images, labels, *statistics, config, epoch))
 
 
 def is_mixed(targets):
@@ -347,7 +347,7 @@ def test_each_process_draws_dropout_masks_of_its_own(monkeypatch):
     """torch's CPU generator reads the low 32 bits of its seed: they must differ between ranks."""
     ours, seeds = prepare(), set()
     monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.add(seed % 2**32))
-    monkeypatch.setattr(train, "epoch_batches", kill)
+    monkeypatch.setattr(augment, "epoch_batches", kill)
     for rank in range(8):
         for epoch in range(1, 4):
             with pytest.raises(Kill):
@@ -882,7 +882,7 @@ def test_leaving_any_piece_out_of_the_resume_is_noticed(piece, straight, half, m
 
     (The best so far: test_best_of_an_earlier_sitting_survives.)
     """
-    restore, epoch_seed = train.restore, train.epoch_seed
+    restore, epoch_seed = train.restore, augment.epoch_seed
 
     def forgetful(run, last):
         fresh = copy.deepcopy(run.state.state_dict()) | {"history": []}
@@ -890,7 +890,7 @@ def test_leaving_any_piece_out_of_the_resume_is_noticed(piece, straight, half, m
 
     monkeypatch.setattr(train, "restore", forgetful)
     if piece == "randomness":  # the streams begin again with the first epoch's
-        monkeypatch.setattr(train, "epoch_seed", lambda seed, epoch: epoch_seed(seed, epoch - 2))
+        monkeypatch.setattr(augment, "epoch_seed", lambda seed, epoch: epoch_seed(seed, epoch - 2))
     shutil.copytree(half, "out")
     poison(monkeypatch, steps=(1,))
     assert full("--resume") == 0
@@ -1988,19 +1988,21 @@ def test_an_epoch_on_a_gpu_waits_no_oftener_for_more_steps(gpu):
 # What a room may import of the others: arrows point down only. All know torch.
 BELOW = {
     "vit": "",
-    "data": "",
+    "pictures": "",
+    "data": "pictures",
     "augment": "data",
     "muon": "",
     "recipe": "vit",
     "optim": "vit muon recipe",
     "checkpoint": "vit",
     "log": "checkpoint",
-    "evaluate": "vit data checkpoint log",
-    "train": "vit data augment muon recipe optim checkpoint log evaluate",
-    "bench": "vit data augment muon recipe optim checkpoint log evaluate train",
+    "evaluate": "vit pictures data checkpoint log",
+    "train": "vit pictures data augment muon recipe optim checkpoint log evaluate",
+    "bench": "vit pictures data augment muon recipe optim checkpoint log evaluate train",
 }
 OUTSIDE = {
-    "data": "numpy PIL torchvision tqdm",
+    "pictures": "numpy PIL tqdm",
+    "data": "torchvision",
     "augment": "numpy torchvision matplotlib PIL",
     "evaluate": "matplotlib",
     "train": "tqdm",
@@ -2052,8 +2054,8 @@ def test_every_file_is_a_room_or_tests_one():
 
 
 def test_a_checkpoint_is_read_in_one_place_and_never_with_code_in_it():
-    """(data.py reads and writes its own cache.)"""
-    for room in set(BELOW) - {"checkpoint", "data"}:
+    """(pictures.py reads and writes its own cache, of pixels.)"""
+    for room in set(BELOW) - {"checkpoint"}:
         text = (HERE / f"{room}.py").read_text()
         assert "torch.load" not in text and "torch.save" not in text, room
     assert not any("weights_only=False" in (HERE / f"{room}.py").read_text() for room in BELOW)

@@ -18,15 +18,12 @@ Hypothesis draws sizes and an integer seed, and every tensor is made from that s
 letters are those of vit.py.
 """
 
-import ast
 import contextlib
 import itertools
 import json
 import math
 import re
-import sys
 from dataclasses import FrozenInstanceError, asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -1300,23 +1297,3 @@ def test_the_rows_of_the_tour_add_up_to_its_totals(capsys):
     assert torch.equal(rows["blocks.0"], block)
     assert whole.tolist() == [5_362_762 - 192 - 65 * 192, 730_215_168]
     assert "5,362,762 parameters and 730,215,168 FLOPs" in lines[-1]
-
-
-def test_the_file_imports_nothing_but_torch_and_the_standard_library():
-    """The model knows no dataset, no trainer and no other model."""
-    modules = set()
-    for node in ast.walk(ast.parse(Path(vit.__file__).read_text())):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            modules.add(node.module.split(".")[0])
-    assert "torch" in modules and modules - {"torch"} <= sys.stdlib_module_names
-
-
-def test_importing_the_file_runs_nothing():
-    """A docstring, imports and definitions; what runs stands behind the guard."""
-    docstring, *body, guard = ast.parse(Path(vit.__file__).read_text()).body
-    assert isinstance(docstring.value, ast.Constant)
-    assert ast.unparse(guard.test) == "__name__ == '__main__'"
-    definitions = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
-    assert all(isinstance(node, definitions) for node in body)

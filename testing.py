@@ -1,6 +1,5 @@
 """What the tests of several rooms share: random tensors, pictures, and a run of a moment."""
 
-import ast
 import contextlib
 import csv
 import itertools
@@ -63,6 +62,25 @@ def write_picture(path, image, **options):
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(path, **options)
 
 
+def make_part(root, counts, seed=0, suffix=".png", S=6):
+    """root/<class>/<number>: counts[class] pictures of S x S noise. Returns them all in order."""
+    images = noise(sum(counts.values()), S, S, seed)
+    names = [f"{name}/{i}{suffix}" for name, n in counts.items() for i in range(n)]
+    for name, image in zip(names, images):
+        write_picture(root / name, image)
+    return images
+
+
+def make_folder(root, suffix=".png", S=6):
+    """train: 2 cats, 3 dogs; test: 1 cat, 2 dogs; S x S noise. Returns train and test (images,)."""
+    train = make_part(root / "train", {"cat": 2, "dog": 3}, 0, suffix, S)
+    return train, make_part(root / "test", {"cat": 1, "dog": 2}, 1, suffix, S)
+
+
+def load_folder(root, S=6, **options):
+    return data.load("folder", str(root), S, **options)
+
+
 class Payload:
     """Unpickled by a careless reader, it makes a folder."""
 
@@ -71,17 +89,6 @@ class Payload:
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
-
-
-def imports(nodes):
-    """The top-level names of the modules that are imported in these syntax trees."""
-    names = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    return names
 
 
 # ---- A run that takes a tenth of a second ----

@@ -23,7 +23,6 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 
@@ -44,48 +43,6 @@ from recipe import TrainConfig
 from vit import ViTConfig
 
 # --- an epoch -------------------------------------------------------------------------------------
-
-
-def epoch_seed(seed: int, epoch: int) -> int:
-    """All randomness of an epoch follows from (seed, epoch): a resumed run needs no saved streams.
-
-    Not from seed + epoch: run 1 would then repeat run 0, an epoch ahead.
-    """
-    return seed * 1_000_003 + epoch
-
-
-def epoch_batches(
-    images: Tensor,
-    labels: Tensor,
-    mean: tuple,
-    std: tuple,
-    num_classes: int,
-    config: TrainConfig,
-    epoch: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield an epoch's batches, (float32 (B, 3, H, W), targets (B, K)), from uint8 (N, 3, H, W).
-
-    Every image is visited at most once; the incomplete last batch is left out, so that all shapes
-    are equal.
-    """
-    generator = torch.Generator().manual_seed(epoch_seed(config.seed, epoch))
-
-    # augment everything at once
-    fill = tuple(255 * m for m in mean) if config.randaugment_fill == "mean" else None
-    policy = (config.randaugment_ops, config.randaugment_magnitude, config.randaugment_prob, fill)
-    images = augment.augment(images, config.crop, *policy, generator)
-
-    # whole batches, in a new order; mixed until the last epochs, which see images as they are
-    order = torch.randperm(len(images), generator=generator).to(images.device)
-    mean, std = (torch.tensor(x, device=images.device) for x in (mean, std))
-    mixing = epoch <= round(config.mix_until * config.epochs)
-    whole = len(order) // config.batch_size * config.batch_size
-    for index in order[:whole].split(config.batch_size):
-        x = data.normalize(images[index], mean, std)
-        targets = augment.soft_targets(labels[index], num_classes, config.label_smoothing)
-        if mixing and torch.rand((), generator=generator) < config.mix_prob:
-            x, targets = augment.combine(x, targets, config.mixup, config.cutmix, generator)
-        yield x, targets
 
 
 @dataclass
@@ -134,12 +91,12 @@ def train_epoch(run: Run, epoch: int) -> dict:
     config, state, began = run.config, run.state, time.perf_counter()
     steps, taken_before = len(run.train_set[0]) // config.batch_size, state.scheduler.last_epoch
     # Dropout and drop path draw from the global stream (a CPU's reads 32 bits of its seed).
-    torch.manual_seed(epoch_seed(config.seed, epoch) + run.rank * 1_000_000_007)
+    torch.manual_seed(augment.epoch_seed(config.seed, epoch) + run.rank * 1_000_000_007)
 
     # one step on every batch; of several processes each makes the whole batch and takes its share
     dataset, share = run.dataset, config.batch_size // run.world
     mine = slice(run.rank * share, (run.rank + 1) * share)
-    batches = epoch_batches(
+    batches = augment.epoch_batches(
         *run.train_set, dataset.mean, dataset.std, len(dataset.classes), config, epoch
     )
     on_terminal = run.rank == 0 and sys.stderr is not None and sys.stderr.isatty()
@@ -245,18 +202,11 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     dataset = data.load(config.dataset, config.data_dir, vit_config.image_size, config.download_url)
     if rank == 0 and world > 1:
         dist.barrier()
-    labels, own_val = dataset.train_labels, dataset.val_images is not None
     if last is None:
-        values = recipe.follow_data(values, len(labels), len(dataset.val_images) if own_val else 0)
+        n_val = 0 if dataset.val_images is None else len(dataset.val_images)
+        values = recipe.follow_data(values, len(dataset.train_images), n_val)
     config, vit_config = recipe.build_configs(values, len(dataset.classes))
-    if own_val:
-        train_set = (dataset.train_images, dataset.train_labels)
-        val_set = (dataset.val_images, dataset.val_labels)
-    else:
-        train_set, val_set = (
-            (dataset.train_images[index], labels[index])
-            for index in data.split(labels, config.val_size, config.seed)
-        )
+    train_set, val_set = data.hold_out(dataset, config.val_size, config.seed)
     n = len(train_set[0])
     recipe.refuse_hours(config, vit_config, device.type, n)
     if config.batch_size > n:
