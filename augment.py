@@ -17,6 +17,7 @@ Axes:  N images (tokens in vit.py)   B batch   C = 3 channels   H, W image heigh
 """
 
 import math
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -364,9 +365,10 @@ def main(argv: list[str] | None = None):
     """Draw images through every augmentation, each with several draws, into one picture."""
     import argparse
 
-    import matplotlib.pyplot as plt
+    os.environ["MPLBACKEND"] = "agg"  # no window; a notebook's may be of a package that is not here
+    from matplotlib.figure import Figure
 
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", default="shapes", help="cifar10, cifar100, folder or shapes (the default)")
     add("--data-dir", default="data", help="where the dataset lies (default: data)")
@@ -376,13 +378,13 @@ def main(argv: list[str] | None = None):
     try:
         dataset = data.load(args.dataset, args.data_dir, args.image_size)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
 
-    columns, generator = 8, torch.Generator().manual_seed(0)
-    images = dataset.train_images
-    one = images[len(images) * 3 // 4].repeat(columns, 1, 1, 1)
+    # one image many times over, and a batch of different ones
+    columns, generator = 6, torch.Generator().manual_seed(0)
+    images, fill = dataset.train_images, tuple(255 * m for m in dataset.mean)
+    one = images[(len(images) * 3 // 4 + 4) % len(images)].repeat(columns, 1, 1, 1)
     some = images[torch.randperm(len(images), generator=generator)[:columns]]
-    fill = tuple(255 * m for m in dataset.mean)
     rows = {
         "an image": one,
         "random_crop": random_crop(one, one.shape[-1] // 8, generator),
@@ -395,26 +397,37 @@ def main(argv: list[str] | None = None):
             cells = [apply_operation(one[:1], name, abs(m), -1 if m < 0 else 1) for m in magnitudes]
             rows[f"{name}, {magnitudes[0]} to 30"] = torch.cat(cells)
     rows["rand_augment(2, 9)"] = rand_augment(one, 2, 9, generator=generator)
-    rows["rand_augment(2, 27, 0.5, mean)"] = rand_augment(one, 2, 27, 0.5, fill, generator)
+    rows["rand_augment(2, 27, 0.5)"] = rand_augment(one, 2, 27, 0.5, fill, generator)
     rows["a batch"] = some
     for name in ("AutoContrast", "Equalize"):
         rows[f"{name} of the batch"] = apply_operation(some, name, 30, 1)
+    # a mix in which both images can be seen
+    seed = 0
+    while abs(draw_lambda(1.0, torch.Generator().manual_seed(seed)) - 0.6) > 0.02:
+        seed += 1
     for mix in (mixup, cutmix):
-        mixed, _ = mix(some.float(), torch.zeros(columns, 1), 1.0, generator)
-        rows[f"{mix.__name__} of the batch"] = mixed.to(torch.uint8)
+        only_first = torch.eye(columns)
+        mixed, targets = mix(some.float(), only_first, 1.0, torch.Generator().manual_seed(seed))
+        rows[f"{mix.__name__}, {targets[0, 0]:.0%} and {targets[0, -1]:.0%}"] = mixed.byte()
 
-    size = (0.9 * columns + 2.6, 0.9 * len(rows) + 0.5)
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, layout="constrained")
-    for line, (title, images) in zip(axes, rows.items()):
-        for axis, image in zip(line, images):
-            axis.imshow(image.permute(1, 2, 0).numpy())
+    # two blocks of rows, side by side
+    half = math.ceil(len(rows) / 2)
+    figure = Figure(figsize=(8.3, 0.47 * half + 0.4), layout="constrained")
+    blocks = figure.subfigures(1, 2)
+    for block, part in zip(blocks, (list(rows.items())[:half], list(rows.items())[half:])):
+        axes = block.subplots(half, columns, squeeze=False)
+        for axis in axes.flat:
             axis.axis("off")
-        line[0].text(-0.15, 0.5, title, ha="right", va="center", transform=line[0].transAxes)
-    figure.suptitle("What augmentation makes of an image, and of a batch")
+        for line, (title, pixels) in zip(axes, part):
+            for axis, image in zip(line, pixels):
+                axis.imshow(image.permute(1, 2, 0).numpy())
+            where = {"ha": "right", "va": "center", "transform": line[0].transAxes}
+            line[0].text(-0.15, 0.5, title, fontsize=7, **where)
+    figure.suptitle("What augmentation makes of an image, and of a batch", fontsize=10)
     try:
-        figure.savefig(args.out, dpi=75)
+        figure.savefig(args.out, dpi=90)
     except (ValueError, OSError) as error:  # ValueError: a format that matplotlib does not know
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
     print(f"wrote {args.out}")
 
 

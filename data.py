@@ -122,54 +122,60 @@ def load_cifar(dataset: str, data_dir: str, download_url: str | None = None) -> 
     return train.classes, parts
 
 
-# --- drawings ------------------------------------------------------------------------------------
+# --- drawings -------------------------------------------------------------------------------------
 
-SHAPES = {  # class: which points belong to it, at u (right), v (down) and radius r
-    "disk": lambda u, v, r: r < 0.95,
-    "ring": lambda u, v, r: (0.6 < r) & (r < 1),
-    "square": lambda u, v, r: torch.maximum(u.abs(), v.abs()) < 0.8,
-    "frame": lambda u, v, r: (torch.maximum(u.abs(), v.abs()) - 0.7).abs() < 0.18,
-    "triangle": lambda u, v, r: (v < 0.7) & (2 * u.abs() < v + 1),
-    "diamond": lambda u, v, r: u.abs() + v.abs() < 1.1,
-    "plus": lambda u, v, r: (
-        (torch.minimum(u.abs(), v.abs()) < 0.25) & (torch.maximum(u.abs(), v.abs()) < 1)
-    ),
-    "cross": lambda u, v, r: ((u.abs() - v.abs()).abs() < 0.35) & (r < 1.1),
-    "crescent": lambda u, v, r: (r < 1) & ((u - 0.5) ** 2 + v**2 > 0.6),
-    "bars": lambda u, v, r: (u.abs() < 0.9) & ((v.abs() - 0.55).abs() < 0.25),
+SHAPES = {  # class: where its five dots are, on a grid of 3x3
+    "plus": (".o.", "ooo", ".o."),
+    "cross": ("o.o", ".o.", "o.o"),
+    "T": ("ooo", ".o.", ".o."),
+    "anchor": (".o.", ".o.", "ooo"),
+    "L": ("o..", "o..", "ooo"),
+    "seven": ("ooo", "..o", "..o"),
+    "V": ("o.o", "o.o", ".o."),
+    "roof": (".o.", "o.o", "o.o"),
+    "zigzag": ("oo.", ".o.", ".oo"),
+    "stairs": ("o..", "oo.", ".oo"),
 }
 
 
 def draw_shapes(n: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """n drawings of the ten SHAPES, in turn: uint8 (n, 3, H, W) and int64 labels (n,).
 
-    Colours, place, size and tilt are random and independent of the class, so that neither the mean
-    colour nor any single pixel gives the class away: the shape has to be seen. The same seed draws
-    the same bytes (on CPUs with the same instructions).
+    Each has five equal dots, and only their arrangement tells its class: not a colour, not a single
+    pixel, and not its patches without their places. Drawn at random are the colours, whether the
+    dots are lighter or darker than the paper, their size, small shifts of each and a larger one of
+    all, and left or right, so that a mirrored picture is of the same class. The same seed draws the
+    same bytes (on CPUs with the same instructions).
     """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
+    # All lengths are for 32x32 pixels. Dots are 8 apart, as are the patches of the demo: whatever
+    # their arrangement, they are cut in the same way, and no patch alone tells anything.
+    grid = [(row, column) for row in (-8.0, 0.0, 8.0) for column in (-8.0, 0.0, 8.0)]
+    centres = torch.tensor(
+        [[at for at, mark in zip(grid, "".join(rows)) if mark == "o"] for rows in SHAPES.values()]
+    )  # (K, 5, 2): down and right of the middle
     S = 2 * image_size  # drawn at twice the size: smooth edges
+    axis = (torch.arange(S) + 0.5) / S * 32 - 16
     chunks, labels = [], torch.arange(n) % len(SHAPES)
-    axis = (torch.arange(S) + 0.5) / S * 2 - 1
     for part in labels.split(1_000):
         m = len(part)
-        x, y = uniform(-0.35, 0.35, 2, m, 1, 1)
-        size, tilt = uniform(0.4, 0.65, m, 1, 1), uniform(-0.3, 0.3, m, 1, 1)
-        dx, dy = (axis.view(1, 1, S) - x) / size, (axis.view(1, S, 1) - y) / size
-        u, v = dx * tilt.cos() - dy * tilt.sin(), dx * tilt.sin() + dy * tilt.cos()  # (m, S, S)
-        inside = torch.empty(m, 1, S, S)
-        for label, shape in enumerate(SHAPES.values()):
-            mine = part == label
-            inside[mine, 0] = shape(u[mine], v[mine], (u[mine] ** 2 + v[mine] ** 2).sqrt()).float()
-        inside = F.avg_pool2d(inside, 2)  # (m, 1, H, W): share of the pixel that is inside
-        paper = uniform(0, 120, m, 3, 1, 1)
-        ink = paper + uniform(60, 135, m, 3, 1, 1)  # lighter than its paper, in every channel
-        noise = 10 * torch.randn(m, 3, image_size, image_size, generator=generator)
-        chunks.append((paper + inside * (ink - paper) + noise).clamp(0, 255).to(torch.uint8))
+        places = centres[part] + uniform(-1, 1, m, 5, 2) + uniform(-3, 3, m, 1, 2)
+        mirrored = torch.rand(m, generator=generator) < 0.5
+        places[mirrored, :, 1] *= -1
+        y, x = places[..., None, None].unbind(2)  # (m, 5, 1, 1)
+        radius = uniform(2.4, 2.8, m, 1, 1, 1)
+        dots = (axis[:, None] - y) ** 2 + (axis - x) ** 2 < radius**2  # (m, 5, S, S)
+        share = F.avg_pool2d(dots.any(1, keepdim=True).float(), 2)  # (m, 1, H, W): of a pixel
+        dark = uniform(100, 140, m, 3, 1, 1)
+        light = dark + uniform(80, 110, m, 3, 1, 1)
+        is_dark = torch.rand(m, 1, 1, 1, generator=generator) < 0.5  # the paper
+        paper, ink = torch.where(is_dark, dark, light), torch.where(is_dark, light, dark)
+        noise = 3 * torch.randn(m, 3, image_size, image_size, generator=generator)
+        chunks.append((paper + share * (ink - paper) + noise).clamp(0, 255).to(torch.uint8))
     return torch.cat(chunks), labels
 
 
