@@ -211,8 +211,8 @@ def set_aside(images: dict, data_dir: str) -> tuple[dict, dict]:
     if not n:
         raise ValueError(f"{data_dir}: one picture a class leaves none to set aside for the test")
     print(
-        f"{data_dir} has no test/: {n:,} of its {total:,} pictures, a fifth of every class, "
-        f"are set aside for the test, the same ones in every run",
+        f"set aside for the test: {n:,} of {total:,} pictures, a fifth of each class, "
+        f"the same in every run",
         flush=True,
     )
     return rest, test

@@ -522,3 +522,22 @@ def test_every_dot_is_in_the_picture_and_stands_out_from_its_paper():
     assert ((edge - paper[:, :, None]).abs() < 40).all()
     inked = ((x - paper[:, :, None, None]).abs().mean(1) > 45).sum((1, 2))
     assert 75 <= inked.min() and inked.max() <= 140
+
+
+@pytest.mark.slow
+def test_the_demo_without_positions_stays_below_sixty_percent(tmp_path, monkeypatch):
+    """With them it reaches 95 % and more, as CI checks: it has to see where things are."""
+    import json
+
+    import train
+    from vit import VisionTransformer
+
+    real = VisionTransformer.init_weights
+
+    def blind(model):
+        real(model)
+        model.pos_embed.requires_grad_(False).zero_()
+
+    monkeypatch.setattr(VisionTransformer, "init_weights", blind)
+    assert train.main(["--preset", "demo", "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["accuracy"] < 0.6
