@@ -266,6 +266,11 @@ def follow_data(values: dict, n: int, n_val: int = 0) -> dict:
     8. Fewer than 10,000 images are shown 100 times.
     """
     values = dict(values)
+    if n_val and values.get("val_size") not in (None, n_val):
+        raise ValueError(
+            f"val_size is {values['val_size']}, but the data bring {n_val} validation images of "
+            f"their own: leave it out"
+        )
     if values.get("val_size") is None:
         values["val_size"] = n_val or max(n // 10, min(n // 4, 20), 1)
     rest = n if n_val else n - values["val_size"]

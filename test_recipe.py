@@ -344,8 +344,8 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_defaults():
         ("--batch-size 2048", 2e-3),
         ("--batch-size 4096 --lr 0.002", 0.002),
         ("--preset strong --batch-size 512", 2e-3),
-        ("--preset demo --batch-size 25", 1e-3),
-        ("--preset demo", 2e-3),
+        ("--preset demo --batch-size 25", 2.5e-3),
+        ("--preset demo", 5e-3),
         ("--batch-size 308", 1e-3 * 308 / 1024),  # just above the floor
         ("--batch-size 300", 3e-4),
         ("--batch-size 2", 3e-4),
@@ -454,6 +454,11 @@ def test_the_defaults_follow_the_data(n, own_val):
     assert values["batch_size"] == min(max([8, *fitting]), rest) >= 1
     assert values["lr"] == pytest.approx(max(1e-3 * values["batch_size"] / 1024, 3e-4))
     assert values.get("epochs") == (100 if n < 10_000 else None)
+
+
+def test_a_share_to_hold_out_is_refused_where_the_data_bring_their_own_images_for_it():
+    assert "bring 5 validation images" in refusal(follow_data, {"val_size": 7}, 60, 5)
+    assert follow_data({"val_size": 5}, 60, 5)["val_size"] == 5
 
 
 def test_a_handful_of_pictures_is_enough_for_a_run_without_a_further_flag():

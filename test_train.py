@@ -750,15 +750,14 @@ def test_validation_images_are_held_out_of_the_training_set():
 def test_a_dataset_that_brings_validation_images_loses_none_of_its_others(monkeypatch):
     part = {"val_images": DATASET.test_images[:7], "val_labels": DATASET.test_labels[:7]}
     monkeypatch.setattr(data, "load", lambda *_, **__: replace(DATASET, **part))
-    ours = prepare()
+    ours = train.prepare(*recipe.parse(UNSPLIT, recipe.make_parser()), 0, 1)
     for found, expected in (
         (ours.train_set, (DATASET.train_images, DATASET.train_labels)),
         (ours.val_set, (DATASET.test_images[:7], DATASET.test_labels[:7])),
     ):
         assert all(map(torch.equal, found, expected))
-    assert run("--max-minutes", 1e-9) == run("--resume") == 0
-    assert main(*UNSPLIT, "--out", "new") == 0
-    assert saved("new/last.pt")["train"]["val_size"] == 7
+    assert main(*UNSPLIT, "--max-minutes", 1e-9) == main("--resume") == 0
+    assert saved()["train"]["val_size"] == 7
 
 
 def test_the_share_of_the_images_that_is_held_out_is_kept_in_the_checkpoint():

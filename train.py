@@ -23,7 +23,7 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -58,6 +58,7 @@ class Run:
     train_set: tuple[Tensor, Tensor]  # uint8 images (N, 3, H, W), int64 labels (N,), on the device
     val_set: tuple[Tensor, Tensor]  # the same of the validation images
     state: optim.State
+    fingerprint: str  # of the images to train and validate on
     peak: float = math.nan  # FLOP/s, see log.measure_peak
     versions: dict | None = None  # asked for once, not at every save
     epoch: int = 0  # epochs that are done
@@ -207,6 +208,8 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         values = recipe.follow_data(values, len(dataset.train_images), n_val)
     config, vit_config = recipe.build_configs(values, len(dataset.classes))
     train_set, val_set = data.hold_out(dataset, config.val_size, config.seed)
+    fingerprint = dataset.fingerprint
+    dataset = replace(dataset, train_images=torch.empty(0))  # split, they need not be kept twice
     n = len(train_set[0])
     recipe.refuse_hours(config, vit_config, device.type, n)
     if config.batch_size > n:
@@ -221,7 +224,9 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     steps = n // config.batch_size * config.epochs
     compiled = optim.should_compile(config, device)
     state = optim.build_state(config, vit_config, steps, device, compiled)
-    run = Run(config, vit_config, dataset, device, rank, world, train_set, val_set, state)
+    run = Run(
+        config, vit_config, dataset, device, rank, world, train_set, val_set, state, fingerprint
+    )
     if last:
         restore(run, last)
     if rank == 0:
@@ -240,7 +245,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
 def restore(run: Run, last: dict):
     """Put a run where its checkpoint left it. ValueError if that does not fit the data."""
     dataset, config = run.dataset, run.config
-    data_now = (list(dataset.classes), dataset.mean, dataset.std, dataset.fingerprint)
+    data_now = (list(dataset.classes), dataset.mean, dataset.std, run.fingerprint)
     data_then = tuple(last[key] for key in ("classes", "mean", "std", "fingerprint"))
     if data_now != data_then:
         raise ValueError(
@@ -269,7 +274,7 @@ def snapshot(run: Run) -> dict:
         "classes": list(run.dataset.classes),
         "mean": run.dataset.mean,
         "std": run.dataset.std,
-        "fingerprint": run.dataset.fingerprint,
+        "fingerprint": run.fingerprint,
         "versions": run.versions,
         **run.state.state_dict(),
     }
