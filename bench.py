@@ -109,27 +109,31 @@ def bench_pipeline():
     torch.set_num_threads(threads)
 
 
-def peers() -> dict:
-    """Networks of DeiT-Ti's size by other hands, without dropout. What is missing is named."""
-    found = {}
+def peers(config: ViTConfig) -> dict:
+    """Plain ViTs of this size by other hands, without dropout. What is missing is named."""
+    found, size, patch = {}, config.image_size, config.patch_size
+    depth, heads, dim = config.depth, config.heads, config.dim
     try:
-        import timm
+        from timm.models.vision_transformer import VisionTransformer as TimmViT
 
-        sizes = {"img_size": 32, "patch_size": 4, "num_classes": 10}
-        found["timm"] = timm.create_model("vit_tiny_patch16_224", **sizes)
+        sizes = {"img_size": size, "patch_size": patch, "num_classes": config.num_classes}
+        sizes |= {"embed_dim": dim, "depth": depth, "num_heads": heads}
+        found["timm"] = TimmViT(mlp_ratio=config.mlp_ratio, **sizes)
     except ImportError:
         print("  (timm is not installed: pip install timm)")
     try:
         from vit_pytorch import ViT
 
-        sizes = {"image_size": 32, "patch_size": 4, "dim": 192, "depth": 12, "heads": 3}
-        found["vit-pytorch"] = ViT(mlp_dim=768, num_classes=10, **sizes)
+        sizes = {"image_size": size, "patch_size": patch, "num_classes": config.num_classes}
+        sizes |= {"dim": dim, "depth": depth, "heads": heads, "dim_head": config.head_dim}
+        found["vit-pytorch"] = ViT(mlp_dim=config.mlp_dim, **sizes)
     except ImportError:
         print("  (vit-pytorch is not installed: pip install vit-pytorch)")
     from torchvision.models import VisionTransformer as TorchvisionViT
 
-    sizes = {"image_size": 32, "patch_size": 4, "num_layers": 12, "num_heads": 3, "hidden_dim": 192}
-    found["torchvision"] = TorchvisionViT(mlp_dim=768, num_classes=10, **sizes)
+    sizes = {"image_size": size, "patch_size": patch, "num_classes": config.num_classes}
+    sizes |= {"num_layers": depth, "num_heads": heads, "hidden_dim": dim}
+    found["torchvision"] = TorchvisionViT(mlp_dim=config.mlp_dim, **sizes)
     return found
 
 
@@ -154,7 +158,7 @@ def bench_models(batch: int, device, half: torch.dtype, compiling: bool):
     images = torch.randn(batch, 3, 32, 32, device=device)
     targets = torch.full((batch, 10), 0.1, device=device)
     config = ViTConfig(dropout=0.0)
-    models = {"ours": VisionTransformer(config), **peers()}
+    models = {"ours": VisionTransformer(config), **peers(config)}
     for model in models.values():
         model.to(device).train()
 
@@ -333,6 +337,30 @@ def bench_overhead(device):
     compare("(h) Python and launches: a step with hardly any arithmetic", variants, "ms", device)
 
 
+def bench_laptop(device, half: torch.dtype):
+    """(i) A step of the `laptop` network, against plain ViTs of its size with a class token."""
+    config, vit_config = recipe.build_configs(recipe.PRESETS["laptop"])
+    batch = config.batch_size
+    images = torch.randn(batch, 3, 32, 32, device=device)
+    targets = torch.full((batch, 10), 0.1, device=device)
+    models = {
+        "ours": VisionTransformer(vit_config),
+        "ours, without the bias": VisionTransformer(
+            replace(vit_config, relative_position_bias=False)
+        ),
+        **peers(vit_config),
+    }
+    variants = {
+        name: (stepper(model.to(device).train(), images, targets, half), batch)
+        for name, model in models.items()
+    }
+    model = VisionTransformer(vit_config).to(device)
+    muon = Muon(optim.parameter_groups(model, config.weight_decay), lr=1e-4, fused=True)
+    variants["ours, with Muon"] = (stepper(model, images, targets, half, muon), batch)
+    title = f"(i) `laptop`: forward, backward and AdamW, {name_of(half)}, batch {batch}"
+    compare(title, variants, "ms/image", device)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Measure this program's pieces side by side.", allow_abbrev=False
@@ -360,6 +388,7 @@ def main(argv: list[str] | None = None) -> int:
     bench_epoch(batch, device, half)
     bench_scaling(batch, device, dtype)
     bench_overhead(device)
+    bench_laptop(device, half)
     return 0
 
 
