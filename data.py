@@ -51,10 +51,14 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the training images, their labels and their order: the split depends on all three."""
+        """Of the training images, their labels and their order: the split depends on all three.
+
+        And of the validation images that a folder brings.
+        """
         digest = hashlib.sha256()
-        for tensor in (self.train_images, self.train_labels):
-            digest.update(tensor.contiguous().numpy())
+        for tensor in (self.train_images, self.train_labels, self.val_images, self.val_labels):
+            if tensor is not None:
+                digest.update(tensor.contiguous().numpy())
         return digest.hexdigest()
 
 

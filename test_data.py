@@ -317,6 +317,9 @@ def test_the_fingerprint_is_of_pixels_labels_and_their_order():
     for changed in (one_pixel, images.flip(0)):
         assert dataclasses.replace(base, train_images=changed).fingerprint != base.fingerprint
     assert dataclasses.replace(base, train_labels=one_label).fingerprint != base.fingerprint
+    own = dataclasses.replace(base, val_images=images[:5], val_labels=labels[:5])
+    other = dataclasses.replace(own, val_images=images[5:10])
+    assert len({base.fingerprint, own.fingerprint, other.fingerprint}) == 3
 
 
 def test_a_channel_of_one_value_is_normalised_to_zero(tmp_path):
