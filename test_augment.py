@@ -714,9 +714,6 @@ def test_bad_input_to_the_program_is_one_line_and_exit_code_two(
 
 def test_the_program_draws_every_augmentation_into_a_picture(tmp_path, monkeypatch, capsys):
     """Among them every operation at its strongest, the signed ones in both directions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     small = data.draw_shapes
     monkeypatch.setattr(data, "draw_shapes", lambda n, size, seed: small(10, size, seed))
     path = tmp_path / "a.png"
@@ -728,4 +725,3 @@ def test_the_program_draws_every_augmentation_into_a_picture(tmp_path, monkeypat
     assert str(path) in capsys.readouterr().out
     with Image.open(path) as picture:
         assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(10**6)) > 1000
-    matplotlib.pyplot.close("all")

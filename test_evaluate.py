@@ -642,7 +642,9 @@ def test_the_validation_split_of_changed_pictures_is_refused(plain):
 def test_the_validation_split_is_the_datasets_own_where_it_brings_one(plain):
     best = checkpoint.load_checkpoint(str(plain / "best.pt"))
     part = {"val_images": DATASET.test_images[:7], "val_labels": DATASET.test_labels[:7]}
-    metrics = evaluate.evaluate(best, "val", "val", device="cpu", dataset=replace(DATASET, **part))
+    own = replace(DATASET, **part)
+    best["fingerprint"] = own.fingerprint
+    metrics = evaluate.evaluate(best, "val", "val", device="cpu", dataset=own)
     cut = {"test_images": DATASET.test_images[:7], "test_labels": DATASET.test_labels[:7]}
     expected = evaluate.evaluate(best, "test", device="cpu", dataset=replace(DATASET, **cut))
     assert metrics == {**expected, "split": "val"}

@@ -91,7 +91,7 @@ def test_a_fifth_of_every_class_is_set_aside_where_there_is_no_test(inside, tmp_
     assert got.test_labels.bincount().tolist() == [2, 5, 1, 1]
     assert bag(got.train_images) + bag(got.test_images) == bag(images)
     said = [line for line in capsys.readouterr().out.splitlines() if "set aside" in line]
-    assert len(said) == 1 and "9 of its 41 pictures" in said[0]
+    assert len(said) == 1 and "9 of 41 pictures" in said[0]
     again = load_folder(tmp_path)
     assert torch.equal(got.test_images, again.test_images)
 
