@@ -254,7 +254,8 @@ def restore(run: Run, last: dict):
     try:
         run.state.load_state_dict(last)
         run.epoch, run.best, run.history = (last[key] for key in ("epoch", "best", "history"))
-        checkpoint.best_of(last) if run.best else None
+        if run.best:
+            checkpoint.best_of(last)  # a KeyError where best.pt could not be derived from it
         if config.lr != last["train"]["lr"]:
             optim.change_lr(run.state, config.lr / last["train"]["lr"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
