@@ -874,6 +874,7 @@ figure.constrained_layout.use: False
 """
 
 
+@pytest.mark.slow
 def test_neither_the_terminal_nor_matplotlibs_settings_can_cost_a_result(foreign, here):
     """A notebook's MPLBACKEND names a package that is not installed here, matplotlibrc wants TeX
     and a font that is not there, and the terminal has no Chinese letters: all is written."""

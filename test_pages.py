@@ -248,6 +248,7 @@ def test_breaking_it_as_the_tutorial_says_turns_the_named_test_red(tmp_path, fil
 # --- use from Python ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_python_of_the_readme_does_what_it_says(here, tiny, monkeypatch):
     """On a run's best.pt, given a fresh network of the default size; what needs timm, where it is.
 

@@ -1934,7 +1934,11 @@ def test_the_pretended_gpu_keeps_tensors_apart_and_sees_who_waits(gpu):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--dtype bfloat16", "--dtype bfloat16 --preset strong --crop resized", " ".join(FULL)],
+    [
+        pytest.param("--dtype bfloat16", marks=pytest.mark.slow),
+        pytest.param("--dtype bfloat16 --preset strong --crop resized", marks=pytest.mark.slow),
+        " ".join(FULL),
+    ],
     ids=["deit", "strong", "float16"],
 )
 def test_a_run_on_a_gpu_mixes_no_devices_and_resumes_to_the_bits_of_a_cpu(gpu, flags, monkeypatch):
