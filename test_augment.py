@@ -2,7 +2,7 @@
 The specification of augment.py: every test is a sentence about pixels, its docstring the formula or
 the reason.
 
-    1 crop and flip    2 RandAugment    3 mixing    4 the file
+    1 crop and flip    2 RandAugment    3 mixing    4 the batches of an epoch    5 the file
 
 Three habits make the sentences bite:
 
@@ -19,6 +19,7 @@ letters are those of augment.py.
 
 import itertools
 import math
+import random
 from collections import Counter
 from unittest import mock
 
@@ -33,7 +34,19 @@ from torchvision.transforms.v2 import functional as tv
 
 import augment
 import data
-from testing import assert_frequencies, assert_rate, key, noise, rng, seeds, sizes
+from recipe import TrainConfig
+from testing import (
+    DATASET,
+    assert_frequencies,
+    assert_rate,
+    difference,
+    flat,
+    key,
+    noise,
+    rng,
+    seeds,
+    sizes,
+)
 
 # ---- What the tests draw ----
 
@@ -687,7 +700,113 @@ def test_two_alphas_of_zero_leave_the_batch_alone():
         assert torch.equal(found, original)
 
 
-# ---- 4 The file ----
+# ---- 4 The batches of an epoch ----
+
+
+def epoch_batches(config, epoch=1, dataset=DATASET):
+    """A list of (images, targets)."""
+    statistics = (dataset.mean, dataset.std, len(dataset.classes))
+    images, labels = dataset.train_images, dataset.train_labels
+    return list(augment.epoch_batches(images, labels, *statistics, config, epoch))
+
+
+def is_mixed(targets):
+    """A target with two numbers in it was mixed. Beta(10, 10) never draws a lambda of 0 or 1."""
+    return bool((targets.amax(1) < 0.999).any())
+
+
+MIXED = {"mixup": 10.0, "cutmix": 0.0, "randaugment_ops": 0, "crop": "none"}
+PLAIN = {"mixup": 0.0, "cutmix": 0.0, "randaugment_ops": 0, "crop": "none"}
+
+
+@pytest.mark.parametrize("batch_size", [6, 7, 40, 60])
+def test_an_epoch_visits_every_image_at_most_once_in_a_new_order_and_drops_only_the_tail(
+    batch_size,
+):
+    """Without augmentation a batch is normalised pictures, (x / 255 - mean) / std, perhaps
+    mirrored, and smoothed labels: 1 - e + e / K on the label, e / K elsewhere."""
+    config = TrainConfig(batch_size=batch_size, label_smoothing=0.3, **PLAIN)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (DATASET.mean, DATASET.std))
+    originals = (DATASET.train_images / 255 - mean) / std
+    before = DATASET.train_images.clone()
+    orders = []
+    for epoch in (1, 2):
+        seen = []
+        for images, targets in epoch_batches(config, epoch):
+            assert images.shape == (batch_size, 3, 8, 8) and images.dtype == torch.float32
+            for image, target in zip(images, targets, strict=True):
+                mirrored = originals.flip(-1)
+                distance = torch.minimum(
+                    *[(o - image).abs().amax((1, 2, 3)) for o in (originals, mirrored)]
+                )
+                seen.append(distance.argmin().item())
+                assert distance.min() < 1e-5
+                expected = torch.full((3,), 0.1)
+                expected[DATASET.train_labels[seen[-1]]] += 0.7
+                torch.testing.assert_close(target, expected)
+        assert len(seen) == len(set(seen)) == 60 // batch_size * batch_size
+        orders.append(seen)
+    assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
+    assert torch.equal(DATASET.train_images, before)
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch_alone():
+    """In any order, whatever the global streams are at, from which nothing is drawn; and run s + 1
+    is not run s an epoch later."""
+    pairs = [(0, 1), (0, 2), (1, 1), (1, 0), (7, 3)]
+    first, again = {}, {}
+    for i, (found, order) in enumerate([(first, pairs), (again, pairs[::-1])]):
+        torch.manual_seed(i), random.seed(i), np.random.seed(i)
+        before = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
+        for seed, epoch in order:
+            config = TrainConfig(batch_size=10, seed=seed, mix_prob=0.5)
+            found[seed, epoch] = flat(epoch_batches(config, epoch))
+        after = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
+        assert difference(flat(before), flat(after)) is None
+    for pair in pairs:
+        assert difference(first[pair], again[pair]) is None
+    for a, b in itertools.combinations(pairs, 2):
+        assert difference(first[a], first[b]), (a, b)
+
+
+@pytest.mark.parametrize(
+    "epochs, share, mixed", [(10, 0.5, 5), (3, 1.0, 3), (4, 0.0, 0), (10, 0.45, 4)]
+)
+def test_mixing_ends_after_the_stated_share_of_the_epochs(epochs, share, mixed):
+    config = TrainConfig(batch_size=20, epochs=epochs, mix_until=share, **MIXED)
+    found = [{is_mixed(t) for _, t in epoch_batches(config, e)} for e in range(1, epochs + 1)]
+    assert found == [{True}] * mixed + [{False}] * (epochs - mixed)
+
+
+def test_two_hundred_and_twenty_epochs_are_mixed_where_that_share_is_stated():
+    """220 / 300 * 300 is 219.99999999999997."""
+    config = TrainConfig(batch_size=20, mix_until=220 / 300, **MIXED)
+    for epoch, mixed in ((220, True), (221, False)):
+        assert {is_mixed(t) for _, t in epoch_batches(config, epoch)} == {mixed}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_stated_share_of_the_batches_is_mixed(share):
+    """Of 300 batches, within six standard deviations of their number."""
+    config = TrainConfig(batch_size=10, mix_prob=share, **MIXED)
+    mixed = sum(is_mixed(t) for epoch in range(1, 51) for _, t in epoch_batches(config, epoch))
+    assert abs(mixed - 300 * share) <= 6 * math.sqrt(300 * share * (1 - share))
+
+
+def test_the_whole_policy_reaches_the_augmentation(monkeypatch):
+    """The fill of RandAugment is black or the mean colour, in 0..255."""
+    seen = []
+    spy = lambda images, *policy: seen.append(policy[:-1]) or images  # noqa: E731
+    monkeypatch.setattr(augment, "augment", spy)
+    for fill in ("black", "mean"):
+        policy = {"randaugment_magnitude": 7, "randaugment_prob": 0.25, "randaugment_fill": fill}
+        epoch_batches(TrainConfig(batch_size=6, crop="resized", randaugment_ops=3, **policy))
+    assert seen[0] == ("resized", 3, 7, 0.25, None)
+    assert seen[1][:4] == ("resized", 3, 7, 0.25)
+    assert seen[1][4] == pytest.approx((0.4 * 255, 0.45 * 255, 0.5 * 255))
+
+
+# ---- 5 The file ----
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 The specification of train.py: every test is a sentence about a run, its docstring the formula or
 the reason.
 
-    1 the batches of an epoch   2 an epoch          3 every flag counts    4 a run that diverges
-    5 validation and the best   6 setting up        7 resume               8 saves
-    9 ending well              10 the finish       11 bad input           12 real processes
-   13 a GPU that is not there  14 the files
+    1 an epoch                  2 every flag counts   3 a run that diverges
+    4 validation and the best   5 setting up          6 resume
+    7 saves                     8 ending well         9 the finish
+   10 bad input                11 real processes     12 a GPU that is not there
+   13 the files
 
 Two habits make the sentences bite:
 
@@ -38,7 +39,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -137,113 +137,7 @@ def test_the_tiny_run_learns_and_chooses():
     assert len(set(accuracies)) > 2 and max(accuracies) > 0.6
 
 
-# ---- 1 The batches of an epoch ----
-
-
-def epoch_batches(config, epoch=1, dataset=DATASET):
-    """A list of (images, targets)."""
-    statistics = (dataset.mean, dataset.std, len(dataset.classes))
-    images, labels = dataset.train_images, dataset.train_labels
-    return list(augment.epoch_batches(images, labels, *statistics, config, epoch))
-
-
-def is_mixed(targets):
-    """A target with two numbers in it was mixed. Beta(10, 10) never draws a lambda of 0 or 1."""
-    return bool((targets.amax(1) < 0.999).any())
-
-
-MIXED = {"mixup": 10.0, "cutmix": 0.0, "randaugment_ops": 0, "crop": "none"}
-PLAIN = {"mixup": 0.0, "cutmix": 0.0, "randaugment_ops": 0, "crop": "none"}
-
-
-@pytest.mark.parametrize("batch_size", [6, 7, 40, 60])
-def test_an_epoch_visits_every_image_at_most_once_in_a_new_order_and_drops_only_the_tail(
-    batch_size,
-):
-    """Without augmentation a batch is normalised pictures, (x / 255 - mean) / std, perhaps
-    mirrored, and smoothed labels: 1 - e + e / K on the label, e / K elsewhere."""
-    config = TrainConfig(batch_size=batch_size, label_smoothing=0.3, **PLAIN)
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (DATASET.mean, DATASET.std))
-    originals = (DATASET.train_images / 255 - mean) / std
-    before = DATASET.train_images.clone()
-    orders = []
-    for epoch in (1, 2):
-        seen = []
-        for images, targets in epoch_batches(config, epoch):
-            assert images.shape == (batch_size, 3, 8, 8) and images.dtype == torch.float32
-            for image, target in zip(images, targets, strict=True):
-                mirrored = originals.flip(-1)
-                distance = torch.minimum(
-                    *[(o - image).abs().amax((1, 2, 3)) for o in (originals, mirrored)]
-                )
-                seen.append(distance.argmin().item())
-                assert distance.min() < 1e-5
-                expected = torch.full((3,), 0.1)
-                expected[DATASET.train_labels[seen[-1]]] += 0.7
-                torch.testing.assert_close(target, expected)
-        assert len(seen) == len(set(seen)) == 60 // batch_size * batch_size
-        orders.append(seen)
-    assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
-    assert torch.equal(DATASET.train_images, before)
-
-
-def test_an_epoch_is_a_function_of_seed_and_epoch_alone():
-    """In any order, whatever the global streams are at, from which nothing is drawn; and run s + 1
-    is not run s an epoch later."""
-    pairs = [(0, 1), (0, 2), (1, 1), (1, 0), (7, 3)]
-    first, again = {}, {}
-    for i, (found, order) in enumerate([(first, pairs), (again, pairs[::-1])]):
-        torch.manual_seed(i), random.seed(i), np.random.seed(i)
-        before = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
-        for seed, epoch in order:
-            config = TrainConfig(batch_size=10, seed=seed, mix_prob=0.5)
-            found[seed, epoch] = flat(epoch_batches(config, epoch))
-        after = [torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()]
-        assert difference(flat(before), flat(after)) is None
-    for pair in pairs:
-        assert difference(first[pair], again[pair]) is None
-    for a, b in itertools.combinations(pairs, 2):
-        assert difference(first[a], first[b]), (a, b)
-
-
-@pytest.mark.parametrize(
-    "epochs, share, mixed", [(10, 0.5, 5), (3, 1.0, 3), (4, 0.0, 0), (10, 0.45, 4)]
-)
-def test_mixing_ends_after_the_stated_share_of_the_epochs(epochs, share, mixed):
-    config = TrainConfig(batch_size=20, epochs=epochs, mix_until=share, **MIXED)
-    found = [{is_mixed(t) for _, t in epoch_batches(config, e)} for e in range(1, epochs + 1)]
-    assert found == [{True}] * mixed + [{False}] * (epochs - mixed)
-
-
-def test_two_hundred_and_twenty_epochs_are_mixed_where_that_share_is_stated():
-    """220 / 300 * 300 is 219.99999999999997."""
-    config = TrainConfig(batch_size=20, mix_until=220 / 300, **MIXED)
-    for epoch, mixed in ((220, True), (221, False)):
-        assert {is_mixed(t) for _, t in epoch_batches(config, epoch)} == {mixed}
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_stated_share_of_the_batches_is_mixed(share):
-    """Of 300 batches, within six standard deviations of their number."""
-    config = TrainConfig(batch_size=10, mix_prob=share, **MIXED)
-    mixed = sum(is_mixed(t) for epoch in range(1, 51) for _, t in epoch_batches(config, epoch))
-    assert abs(mixed - 300 * share) <= 6 * math.sqrt(300 * share * (1 - share))
-
-
-def test_the_whole_policy_reaches_the_augmentation(monkeypatch):
-    """The fill of RandAugment is black or the mean colour, in 0..255."""
-    seen = []
-    spy = lambda images, *policy: seen.append(policy[:-1]) or images  # noqa: E731
-    monkeypatch.setattr(augment, "augment", spy)
-    for fill in ("black", "mean"):
-        policy = {"randaugment_magnitude": 7, "randaugment_prob": 0.25, "randaugment_fill": fill}
-        epoch_batches(TrainConfig(batch_size=6, crop="resized", randaugment_ops=3, **policy))
-    assert seen[0] == ("resized", 3, 7, 0.25, None)
-    assert seen[1][:4] == ("resized", 3, 7, 0.25)
-    assert seen[1][4] == pytest.approx((0.4 * 255, 0.45 * 255, 0.5 * 255))
-
-
-# ---- 2 An epoch ----
+# ---- 1 An epoch ----
 
 
 def spy_on_steps(monkeypatch, look):
@@ -383,7 +277,7 @@ def test_an_epoch_has_a_bar_on_a_terminal_and_nowhere_else(monkeypatch, capsys):
     assert run(out="closed") == 0
 
 
-# ---- 3 Every flag counts ----
+# ---- 2 Every flag counts ----
 
 # Another value for every flag of the recipe; the network's come last.
 OTHER = {
@@ -421,7 +315,7 @@ OTHER = {
     "pool": "mean",
     "relative_position_bias": True,
 }
-# What the data decide, or the sitting: see the tests below and those of parts 7 to 9.
+# What the data decide, or the sitting: see the tests below and those of parts 6 to 8.
 NO_RECIPE = {"dataset", "data_dir", "download_url", "out", "resume", "save_every", "max_minutes"}
 NO_RECIPE |= {"device", "compile", "deterministic", "in_channels", "num_classes"}
 
@@ -501,7 +395,7 @@ def test_deterministic_asks_torch_for_it_and_only_then(monkeypatch):
     assert seen == [(False, None), (True, ":4096:8")]
 
 
-# ---- 4 A run that diverges ----
+# ---- 3 A run that diverges ----
 
 
 def continuing(text):
@@ -622,7 +516,7 @@ def test_a_lower_rate_given_on_resume_scales_the_rest_of_the_schedule(plain):
     assert factors == pytest.approx([1, 0.1, 0.1, 0.1])
 
 
-# ---- 5 Validation and the best ----
+# ---- 4 Validation and the best ----
 
 
 def script(monkeypatch, accuracies):
@@ -731,7 +625,7 @@ def test_the_average_is_what_is_chosen_and_kept(monkeypatch):
     assert difference(averages[2], dict(last["model"]))
 
 
-# ---- 6 Setting up ----
+# ---- 5 Setting up ----
 
 
 UNSPLIT = [word for word in TINY if word not in ("--val-size", "20")]
@@ -823,7 +717,7 @@ def test_a_run_in_a_thread_is_a_run(plain):
     assert difference(contents("out/last.pt"), contents(plain / "last.pt")) is None
 
 
-# ---- 7 Resume ----
+# ---- 6 Resume ----
 
 
 def full(*flags, out="out"):
@@ -1124,7 +1018,7 @@ def test_resume_into_a_folder_without_a_run_starts_one(plain):
     assert difference(contents("out/last.pt"), contents(plain / "last.pt")) is None
 
 
-# ---- 8 Saves ----
+# ---- 7 Saves ----
 
 
 @pytest.mark.parametrize("killed_in, holds", [(2, None), (4, 3), (5, 3)])
@@ -1235,7 +1129,7 @@ def test_any_other_failure_of_torch_keeps_its_traceback(monkeypatch):
         run()
 
 
-# ---- 9 Ending well ----
+# ---- 8 Ending well ----
 
 
 @pytest.mark.parametrize("minutes", [1, 0.9])
@@ -1368,7 +1262,7 @@ def test_a_signal_at_any_moment_of_a_save_leaves_whole_files_and_ends_it():
     assert stopped >= 10
 
 
-# ---- 10 The finish ----
+# ---- 9 The finish ----
 
 
 def test_a_finished_run_is_not_evaluated_again(plain, capsys):
@@ -1463,7 +1357,7 @@ def test_training_never_reads_the_test_split(monkeypatch, plain):
         Sealed()[0]
 
 
-# ---- 11 Bad input ----
+# ---- 10 Bad input ----
 
 
 def pictures(*classes, test=None):
@@ -1627,7 +1521,7 @@ def test_of_several_processes_one_says_what_is_wrong(monkeypatch, capsys):
         assert len(capsys.readouterr().err.splitlines()) == lines
 
 
-# ---- 12 Real processes ----
+# ---- 11 Real processes ----
 
 STARTED = []
 
@@ -1838,7 +1732,7 @@ finally: print(sorted({"torchvision", "PIL", "matplotlib"} & set(sys.modules)))"
     assert process.stderr == "error: epochs must be at least 1, got 0\n"
 
 
-# ---- 13 A GPU that is not there ----
+# ---- 12 A GPU that is not there ----
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 READS = ("item", "tolist", "nonzero", "equal", "__bool__", "__int__", "__float__")
@@ -1986,7 +1880,7 @@ def test_an_epoch_on_a_gpu_waits_no_oftener_for_more_steps(gpu):
         assert (waits[0] > waits[1]) == grows and waits[1] > 0
 
 
-# ---- 14 The files ----
+# ---- 13 The files ----
 
 # What a room may import of the others: arrows point down only. All know torch.
 BELOW = {
