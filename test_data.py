@@ -318,8 +318,9 @@ def test_the_fingerprint_is_of_pixels_labels_and_their_order():
         assert dataclasses.replace(base, train_images=changed).fingerprint != base.fingerprint
     assert dataclasses.replace(base, train_labels=one_label).fingerprint != base.fingerprint
     own = dataclasses.replace(base, val_images=images[:5], val_labels=labels[:5])
-    other = dataclasses.replace(own, val_images=images[5:10])
-    assert len({base.fingerprint, own.fingerprint, other.fingerprint}) == 3
+    others = {"val_images": images[5:10]}, {"val_labels": labels[:5] + 1}
+    found = [base, own, *(dataclasses.replace(own, **other) for other in others)]
+    assert len({dataset.fingerprint for dataset in found}) == 4
 
 
 def test_a_channel_of_one_value_is_normalised_to_zero(tmp_path):
