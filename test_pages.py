@@ -5,6 +5,7 @@ and demands that the test it names turns red.
 """
 
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -150,6 +151,32 @@ def test_the_map_names_every_file_and_what_it_imports():
             assert found <= set(files[:i]), name
         else:
             assert found == set(imported.replace(",", " ").split()), name
+
+
+# --- the weights that come with it ----------------------------------------------------------------
+
+LAPTOP = ROOT / "assets/laptop"
+
+
+def test_the_weights_are_of_the_preset_and_the_pages_say_what_they_reached():
+    best = checkpoint.load_checkpoint(LAPTOP / "best.pt")
+    recorded, preset = best["train"] | best["vit"], PRESETS["laptop"]
+    assert {name: recorded[name] for name in preset} == preset
+    metrics = json.loads((LAPTOP / "metrics.json").read_text())
+    assert metrics["split"] == "test" and metrics["epoch"] == best["epoch"]
+    config, vit_config = recipe.build_configs(preset)
+    images = 45_000 // config.batch_size * config.batch_size * config.epochs
+    cost = 3 * vit_config.flops_per_image * images / 1e15
+    for name, page in FLAT.items():
+        assert f"**{100 * metrics['accuracy']:.2f} %**" in page, name
+        assert name == "README.md" or f"{cost:.2f} PFLOP" in page, name
+
+
+def test_the_weights_give_the_answers_that_the_readme_prints(capsys):
+    assert evaluate.main([str(LAPTOP / "best.pt"), "--images", str(ROOT / "assets/cat.jpg")]) == 0
+    answers = capsys.readouterr().out.split("cat.jpg")[1].split()
+    [printed] = re.findall(r"^assets/cat\.jpg (.+)$", README, re.MULTILINE)
+    assert answers[0] == printed.split()[0] == "cat"  # the shares differ in the last digit
 
 
 # --- names ----------------------------------------------------------------------------------------
