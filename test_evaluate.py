@@ -526,13 +526,16 @@ def draw_it_all(classes, **network):
         )
 
 
+MANY = [f"$^$ _{{ a class with a name {i}" for i in range(21)]
 PICTURES = {"attention", "confusion_matrix", "curves", "mistakes", "positions"}
 
 
 @pytest.mark.parametrize(
     "classes, pool",
-    [(("猫", LONG), "cls"), ([f"$^$ _{{ a class with a name {i}" for i in range(21)], "mean")],
-    ids=["two", "many"],
+    [
+        pytest.param(("猫", LONG), "cls", id="two"),
+        pytest.param(MANY, "mean", id="many", marks=pytest.mark.slow),
+    ],
 )
 def test_pictures_are_drawn_for_any_number_of_classes_with_any_names(classes, pool, capsys):
     """Chinese ones, formulas that are none, a name of 160 letters: without a warning."""
