@@ -13,6 +13,7 @@ import errno
 import hashlib
 import io
 import itertools
+import json
 import os
 import pickle
 import socket
@@ -32,6 +33,7 @@ from hypothesis import strategies as st
 from torchvision import datasets
 
 import data
+import train
 from testing import (
     assert_rate,
     key,
@@ -43,6 +45,7 @@ from testing import (
     sizes,
     write_picture,
 )
+from vit import VisionTransformer
 
 # ---- 1 CIFAR: a tiny tarball through torchvision's own code, without a network ----
 
@@ -532,11 +535,6 @@ def test_every_dot_is_in_the_picture_and_stands_out_from_its_paper():
 @pytest.mark.slow
 def test_the_demo_without_positions_stays_below_sixty_percent(tmp_path, monkeypatch):
     """With them it reaches 95 % and more, as CI checks: it has to see where things are."""
-    import json
-
-    import train
-    from vit import VisionTransformer
-
     real = VisionTransformer.init_weights
 
     def blind(model):
