@@ -183,7 +183,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
 
     # the device
     device = checkpoint.pick_device(config.device)
-    if config.dataset in data.CIFAR_STATISTICS:
+    if config.dataset in data.CIFAR_STATISTICS:  # before a download
         recipe.refuse_hours(config, vit_config, device.type, 45_000)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
