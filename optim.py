@@ -13,6 +13,7 @@ import copy
 import importlib.util
 import re
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -63,16 +64,36 @@ class State:
             self.scaler.load_state_dict(state["scaler"])
 
 
+def measure_peak(device: torch.device, dtype: torch.dtype, n: int | None = None) -> float:
+    """FLOP/s of an n x n matrix product here, the best of a few.
+
+    By default n is large, and the result is the 100 % of the log's MFU.
+    """
+    n = n or (1024 if device.type == "cpu" else 8192)
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()  # item() waits until it is computed
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds)
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name; for "auto" float32 on a CPU, on CUDA the 16-bit type the GPU has.
 
-    bfloat16 needs no loss scaling, but GPUs before Ampere only emulate it, slowly.
+    bfloat16 needs no loss scaling, but GPUs before Ampere only emulate it, slowly. So does a CPU
+    without AVX-512: a product takes it 40 to 500 times as long as in float32
+    (pytorch/pytorch#146508). There it is float32 whatever the name.
     """
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if name == "auto" and device.type == "cuda":
+        name = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    dtype = torch.float32 if name == "auto" else getattr(torch, name)
+    if device.type == "cpu" and dtype != torch.float32:
+        # half: far from what is worth it, so that noise does not decide
+        if measure_peak(device, dtype, 256) < measure_peak(device, torch.float32, 256) / 2:
+            return torch.float32
+    return dtype
 
 
 def can_compile(device: torch.device) -> bool:

@@ -892,6 +892,16 @@ def test_a_run_may_move_to_a_device_of_another_dtype(first, then, monkeypatch):
     assert bool(saved()["scaler"]) == (then == "float16")
 
 
+def test_a_cpu_that_only_emulates_16_bits_trains_in_float32_and_says_so(monkeypatch, capsys):
+    """To the bits of a run in float32. `laptop` asks for bfloat16, and most laptops lack it."""
+    assert run("--dtype", "float32", out="plainly") == 0
+    rate = {torch.bfloat16: 1e9}
+    monkeypatch.setattr(optim, "measure_peak", lambda device, dtype, *n: rate.get(dtype, 1e11))
+    assert run("--dtype", "bfloat16") == 0
+    assert "float32 (bfloat16 is far slower here)" in capsys.readouterr().out
+    assert difference(dict(saved()["model"]), dict(saved("plainly/last.pt")["model"])) is None
+
+
 def test_resume_refuses_flags_that_contradict_the_saved_recipe(plain, capsys):
     """Each field in turn, by its flag; the run stays as it was."""
     shutil.copytree(plain, "out")

@@ -17,7 +17,6 @@ from PIL import Image
 import checkpoint
 import data
 import evaluate
-import log
 import optim
 import train
 from recipe import TrainConfig
@@ -129,7 +128,7 @@ def tiny_world():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", load)
-        patch.setattr(log, "measure_peak", lambda *_: 1e12)
+        patch.setattr(optim, "measure_peak", lambda *_: 1e12)
         facts = {"torch": "2", "commit": "c", "device": "cpu"}
         patch.setattr(checkpoint, "versions", lambda *_: facts)
         for name in PLOTS:
