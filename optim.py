@@ -82,11 +82,11 @@ def measure_peak(device: torch.device, dtype: torch.dtype, n: int | None = None)
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name; for "auto" float32 on a CPU, on CUDA the 16-bit type the GPU has.
 
-    bfloat16 needs no loss scaling, but GPUs before Ampere only emulate it, slowly. So does a CPU
-    without AVX-512: a product takes it 40 to 500 times as long as in float32
-    (pytorch/pytorch#146508). There it is float32 whatever the name.
+    What a machine only emulates is never picked. bfloat16 needs no loss scaling, but GPUs before
+    Ampere lack it: there it is float16. On a CPU without AVX-512 a product of 16 bits takes 40 to
+    500 times as long as one of float32 (pytorch/pytorch#146508): there it is float32.
     """
-    if name == "auto" and device.type == "cuda":
+    if name in ("auto", "bfloat16") and device.type == "cuda":
         name = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     dtype = torch.float32 if name == "auto" else getattr(torch, name)
     if device.type == "cpu" and dtype != torch.float32:

@@ -123,7 +123,8 @@ def test_the_dtype_is_the_fastest_one_that_the_device_really_has(monkeypatch):
     expected = {(9, 0): torch.bfloat16, (8, 0): torch.bfloat16, (7, 5): torch.float16}
     for capability, dtype in expected.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert optim.pick_dtype("auto", CUDA) == dtype
+        assert optim.pick_dtype("auto", CUDA) == optim.pick_dtype("bfloat16", CUDA) == dtype
+        assert optim.pick_dtype("float16", CUDA) == torch.float16
     assert optim.pick_dtype("auto", CPU) == optim.pick_dtype("auto", torch.device("mps"))
     assert optim.pick_dtype("auto", CPU) == optim.pick_dtype("float32", CUDA) == torch.float32
     assert optim.pick_dtype("float16", CPU) == torch.float16
@@ -172,7 +173,7 @@ def test_what_a_cpu_only_emulates_is_not_used(name, slower, dtype, monkeypatch):
 
     monkeypatch.setattr(optim, "measure_peak", measure_peak)
     assert optim.pick_dtype(name, CPU) == (dtype or getattr(torch, name))
-    assert optim.pick_dtype(name, CUDA) == getattr(torch, name)
+    assert optim.pick_dtype(name, torch.device("mps")) == getattr(torch, name)
 
 
 def test_compiling_is_the_default_where_triton_can_do_it_and_nowhere_else(monkeypatch):

@@ -1809,6 +1809,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", on_cpu(torch.amp.GradScaler))
     for room in (checkpoint, evaluate):
         monkeypatch.setattr(room, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(optim, "can_compile", lambda device: False)
     monkeypatch.setattr(train, "save_pause", lambda device: 0.0)
     return PretendedGPU()
