@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import functools
+import inspect
 import itertools
 import math
 import os
@@ -113,6 +115,10 @@ PLOTS = {name: f for name, f in vars(evaluate).items() if name.startswith("plot_
 WALL_CLOCK = ("images_per_second", "mfu", "seconds")  # what may differ between two equal runs
 
 
+def no_picture(*_):
+    """In place of a plot."""
+
+
 @contextlib.contextmanager
 def tiny_world():
     """Inside, "shapes" is DATASET; there are no pictures, and the machine is not measured."""
@@ -131,8 +137,12 @@ def tiny_world():
         patch.setattr(optim, "measure_peak", lambda *_: 1e12)
         facts = {"torch": "2", "commit": "c", "device": "cpu"}
         patch.setattr(checkpoint, "versions", lambda *_: facts)
+        # else a third of a tiny run's time: Matplotlib's settings, and the parser's own source
+        draw = evaluate.draw
+        patch.setattr(evaluate, "draw", lambda plot, *_: plot is no_picture or draw(plot, *_))
         for name in PLOTS:
-            patch.setattr(evaluate, name, lambda *_: None)
+            patch.setattr(evaluate, name, no_picture)
+        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
         yield
 
 
