@@ -168,7 +168,7 @@ def bench_models(batch: int, device, half: torch.dtype, compiling: bool):
 
     runs = {name: (partial(forward, model), batch) for name, model in models.items()}
     compare(f"(b) forward, float32, batch {batch}", runs, "ms/image", device)
-    for dtype in dict.fromkeys((torch.float32, half)):  # once, where 16 bits are only emulated
+    for dtype in dict.fromkeys((torch.float32, half)):  # once, where there is no other
         runs = {
             name: (stepper(model, images, targets, dtype), batch) for name, model in models.items()
         }
@@ -281,7 +281,7 @@ def bench_epoch(batch: int, device, half: torch.dtype):
         peak = torch.cuda.max_memory_allocated() / 2**30
         print(f"  peak of the device, training at batch {batch}: {peak:.2f} GiB")
 
-    peak = optim.measure_peak(device, state.dtype)
+    peak = log.measure_peak(device, state.dtype)
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     copy = {f"copy of {source.nbytes >> 20} MiB": (lambda: target.copy_(source), 1)}
@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{machine}, torch {facts['torch']}, commit {facts['commit']}")
     print(f"  {'':<58}{'median':>9} {'':<10}{'fastest .. slowest':>18}{'ratio':>8}")
     bench_pipeline()
-    half = dtype if dtype != torch.float32 else optim.pick_dtype("bfloat16", device)
+    half = optim.pick_dtype("bfloat16", device) if dtype == torch.float32 else dtype
     bench_models(batch, device, half, compiling=args.compile or device.type == "cuda")
     bench_epoch(batch, device, half)
     bench_scaling(batch, device, dtype)

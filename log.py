@@ -18,6 +18,8 @@ import sys
 import threading
 import time
 
+import torch
+
 from checkpoint import write_atomically
 
 COLUMNS = (  # of log.csv: name, title on the screen (none: not shown), width, format
@@ -89,6 +91,22 @@ def read_log(path: str) -> list[dict]:
         raise ValueError(f"{path} is not a log of train.py any more") from None
 
 
+def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product here, the best of a few: the 100 % of the log's MFU."""
+    n = 1024
+    if device.type != "cpu":
+        n = 8192
+    elif dtype == torch.float16:  # emulated there
+        n = 256
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()  # item() waits until it is computed
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds)
+
+
 def describe_model(config) -> str:
     """The network of a ViTConfig, in one line: it can be said before the data are loaded."""
     size, token = config.image_size, " + class token" if config.pool == "cls" else ""
@@ -106,7 +124,7 @@ def describe_run(run, steps: int) -> str:
     compiled = ", compiled" if run.state.compiled else ""
     dtype = str(run.state.dtype).removeprefix("torch.")
     if config.dtype not in ("auto", dtype):
-        dtype += f" ({config.dtype} is far slower here)"
+        dtype += f" in place of {config.dtype}"
     lines = (
         f"         {parameters:,} parameters{bias} | "
         f"{run.vit_config.flops_per_image / 1e6:,.1f} MFLOP an image forward",

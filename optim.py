@@ -13,7 +13,6 @@ import copy
 import importlib.util
 import re
 import sys
-import time
 from dataclasses import dataclass
 
 import torch
@@ -64,36 +63,18 @@ class State:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def measure_peak(device: torch.device, dtype: torch.dtype, n: int | None = None) -> float:
-    """FLOP/s of an n x n matrix product here, the best of a few.
-
-    By default n is large, and the result is the 100 % of the log's MFU.
-    """
-    n = n or (1024 if device.type == "cpu" else 8192)
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        (a @ b)[0, 0].item()  # item() waits until it is computed
-        seconds.append(time.perf_counter() - began)
-    return 2 * n**3 / min(seconds)
-
-
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name; for "auto" float32 on a CPU, on CUDA the 16-bit type the GPU has.
 
-    What a machine only emulates is never picked. bfloat16 needs no loss scaling, but GPUs before
-    Ampere lack it: there it is float16. On a CPU without AVX-512 a product of 16 bits takes 40 to
-    500 times as long as one of float32 (pytorch/pytorch#146508): there it is float32.
+    bfloat16 needs no loss scaling, but what is older only emulates it. A GPU before Ampere computes
+    in float16 instead. A CPU without AVX-512 computes in float32: there PyTorch takes 40 to 500
+    times as long for a product in bfloat16 (pytorch/pytorch#146508).
     """
     if name in ("auto", "bfloat16") and device.type == "cuda":
         name = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    dtype = torch.float32 if name == "auto" else getattr(torch, name)
-    if device.type == "cpu" and dtype != torch.float32:
-        # half: far from what is worth it, so that noise does not decide
-        if measure_peak(device, dtype, 256) < measure_peak(device, torch.float32, 256) / 2:
-            return torch.float32
-    return dtype
+    if name == "bfloat16" and device.type == "cpu":
+        name = "bfloat16" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "float32"
+    return torch.float32 if name == "auto" else getattr(torch, name)
 
 
 def can_compile(device: torch.device) -> bool:

@@ -19,6 +19,7 @@ from PIL import Image
 import checkpoint
 import data
 import evaluate
+import log
 import optim
 import train
 from recipe import TrainConfig
@@ -134,7 +135,8 @@ def tiny_world():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", load)
-        patch.setattr(optim, "measure_peak", lambda *_: 1e12)
+        patch.setattr(log, "measure_peak", lambda *_: 1e12)
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
         facts = {"torch": "2", "commit": "c", "device": "cpu"}
         patch.setattr(checkpoint, "versions", lambda *_: facts)
         # else a third of a tiny run's time: Matplotlib's settings, and the parser's own source

@@ -59,7 +59,7 @@ class Run:
     val_set: tuple[Tensor, Tensor]  # the same of the validation images
     state: optim.State
     fingerprint: str  # of the images to train and validate on
-    peak: float = math.nan  # FLOP/s, see optim.measure_peak
+    peak: float = math.nan  # FLOP/s, see log.measure_peak
     versions: dict | None = None  # asked for once, not at every save
     epoch: int = 0  # epochs that are done
     best: dict | None = None  # {"epoch", "accuracy", "model": weights} of the best validation
@@ -231,7 +231,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         restore(run, last)
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
-        run.peak = optim.measure_peak(device, state.dtype) * world
+        run.peak = log.measure_peak(device, state.dtype) * world
         run.versions = checkpoint.versions(device)
         print(log.describe_run(run, steps))
         loss = math.nan
