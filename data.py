@@ -229,11 +229,15 @@ def split(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def hold_out(dataset: Dataset, val_size: int, seed: int) -> tuple[tuple, tuple]:
-    """(images, labels) to train on, and to validate on: the dataset's own, or split off."""
+    """(images, labels) to train on, and to validate on: the dataset's own, or split off.
+
+    The former are shuffled: a folder comes class by class, and the first 2,000 show train acc.
+    """
     images, labels = dataset.train_images, dataset.train_labels
-    if dataset.val_images is not None:
-        return (images, labels), (dataset.val_images, dataset.val_labels)
-    return tuple((images[index], labels[index]) for index in split(labels, val_size, seed))
+    if dataset.val_images is None:
+        return tuple((images[index], labels[index]) for index in split(labels, val_size, seed))
+    index = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    return (images[index], labels[index]), (dataset.val_images, dataset.val_labels)
 
 
 def normalize(images: Tensor, mean: tuple | Tensor, std: tuple | Tensor) -> Tensor:
