@@ -348,7 +348,7 @@ def epoch_batches(
     policy = (config.randaugment_ops, config.randaugment_magnitude, config.randaugment_prob, fill)
     images = augment(images, config.crop, *policy, generator)
 
-    # whole batches, in a new order; mixed until the last epochs, which see images as they are
+    # whole batches, in a new order; not mixed in the last epochs
     order = torch.randperm(len(images), generator=generator).to(images.device)
     mean, std = (torch.tensor(x, device=images.device) for x in (mean, std))
     mixing = epoch <= round(config.mix_until * config.epochs)

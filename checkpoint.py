@@ -1,7 +1,7 @@
 """
 Checkpoints: what they hold, how they reach the disk whole, and how they are read.
 
-    last.pt    the whole truth of a run, written after every epoch: the state of training, both
+    last.pt    the whole truth of a run, as of the end of an epoch: the state of training, both
                configs, the history, and the best weights so far
     best.pt    derived from it: the best weights, with what it takes to use them
 

@@ -146,7 +146,7 @@ def draw_shapes(n: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """n drawings of the ten SHAPES, in turn: uint8 (n, 3, H, W) and int64 labels (n,).
 
     Each has five equal dots, and only their arrangement tells its class: not a colour, not a single
-    pixel, and not its patches without their places. Drawn at random are the colours, whether the
+    pixel, and hardly its patches without their places. Drawn at random are the colours, whether the
     dots are lighter or darker than the paper, their size, small shifts of each and a larger one of
     all, and left or right, so that a mirrored picture is of the same class. The same seed draws the
     same bytes (on CPUs with the same instructions).
@@ -157,7 +157,7 @@ def draw_shapes(n: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
     # All lengths are for 32x32 pixels. Dots are 8 apart, as are the patches of the demo: whatever
-    # their arrangement, they are cut in the same way, and no patch alone tells anything.
+    # their arrangement, they are cut in the same way, and a patch alone tells little.
     grid = [(row, column) for row in (-8.0, 0.0, 8.0) for column in (-8.0, 0.0, 8.0)]
     centres = torch.tensor(
         [[at for at, mark in zip(grid, "".join(rows)) if mark == "o"] for rows in SHAPES.values()]

@@ -14,6 +14,7 @@ Axes:  B images   h heads   N tokens   P patches   K classes
 
 import argparse
 import json
+import math
 import os
 import sys
 import warnings
@@ -238,7 +239,7 @@ def plot_attention(
     """
     images, labels, heats, titles = images[:8].cpu(), labels[:8].tolist(), [], []
     device = next(model.parameters()).device
-    side = model.config.image_size // model.config.patch_size
+    side = model.config.side
     for image, label in zip(images, labels):  # one by one: all maps of many tokens are gigabytes
         x = data.normalize(image[None].to(device), mean, std)
         rollout = attention_rollout(model.attention_maps(x))[0]  # (N, N)
@@ -274,7 +275,7 @@ def plot_mistakes(path: str, images: Tensor, labels: Tensor, logits: Tensor, cla
     confidence, predicted = logits.softmax(1).max(1)
     wrong = (predicted != labels).nonzero().flatten()
     worst = wrong[confidence[wrong].argsort(descending=True)][:20].tolist()
-    rows = max(1, -(-len(worst) // 5))
+    rows = max(1, math.ceil(len(worst) / 5))
     figure, axes = new_figure(rows, 5, figsize=(9, 1 + 2 * rows))
     for axis in axes.flat:
         axis.axis("off")
@@ -290,8 +291,8 @@ def plot_positions(path: str, model: VisionTransformer, title: str):
     """Cosine similarity of each patch's learned position with all others (ViT, figure 7)."""
     # Without the class token's, which is the first: (P, D).
     table = model.pos_embed.detach()[0, -model.config.num_patches :].cpu()
-    side = model.config.image_size // model.config.patch_size
-    shown = range(0, side, -(-side // 8))  # at most 8 x 8 of the patches
+    side = model.config.side
+    shown = range(0, side, math.ceil(side / 8))  # at most 8 x 8 of the patches
     size = 0.8 * len(shown)
     figure, axes = new_figure(len(shown), len(shown), figsize=(size + 1.5, size + 0.8))
     for row, line in zip(shown, axes):

@@ -171,7 +171,7 @@ def change_lr(state: State, factor: float):
 def update_ema(state: State, decay: float):
     """ema <- decay * ema + (1 - decay) * model; in the first steps less, to forget the start."""
     if state.ema is not None:
-        step = state.scheduler.last_epoch  # optimizer steps taken so far
+        step = state.scheduler.last_epoch  # optimizer steps before this one
         decay = min(decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(
             list(state.ema.parameters()), list(state.model.parameters()), 1 - decay

@@ -307,6 +307,7 @@ def refuse_hours(config: TrainConfig, vit_config: ViTConfig, device: str, n: int
         raise ValueError(
             f"no accelerator found. {config.epochs} epochs of {n:,} images are {work:.1e} "
             f"floating-point operations: minutes on a recent GPU, about {long} on a CPU at 100 "
-            f"GFLOP/s. See everything run in two minutes with --preset demo, train for an "
-            f"afternoon with --preset laptop, or start it here all the same with --device cpu"
+            f"GFLOP/s. See everything run in two minutes with --preset demo, train "
+            f"three to nine hours with --preset laptop, or start it here all the same with "
+            f"--device cpu"
         )
