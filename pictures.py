@@ -28,6 +28,10 @@ from torch import Tensor
 # PIL is imported where it is used: it is slow to import, and --help need not wait.
 
 VAL_NAMES = ("val", "valid", "validation")
+MACHINE_MADE = (
+    *("@eaDir", "#recycle", "__MACOSX", "Thumbs.db", "desktop.ini"),
+    *("$RECYCLE.BIN", "System Volume Information", "lost+found"),  # of a disk's root
+)
 EXPECTED = (
     "expected <data-dir>/<class>/* with two classes or more, "
     "or <data-dir>/train/<class>/* and <data-dir>/test/<class>/*"
@@ -136,6 +140,14 @@ def list_images(root: str, passed_over: Counter) -> dict[str, list[str]]:
         passed_over.update(ending(path) for path in files if not is_picture(path))
         # An accent is one character or two (macOS): the names look alike, and are one class.
         images.setdefault(unicodedata.normalize("NFC", name), []).extend(pictures)
+    inner = [{os.path.basename(path) for path in contents(folder)[0]} for folder in folders]
+    if len(folders) > 1 and inner[0] and all(names == inner[0] for names in inner):
+        names = [os.path.basename(folder) for folder in folders]
+        if any("train" in name.lower() for name in names):
+            raise ValueError(
+                f"{root}: {' and '.join(names)} look like parts, as all of them hold "
+                f"{', '.join(sorted(inner[0]))}; {EXPECTED}"
+            )
     if len(images) == 1:
         inside = f"in {folders[0]} {found_in(folders[0])}"
         raise ValueError(f"{root} has a single class, {name}: {inside}; {EXPECTED}")
@@ -155,9 +167,8 @@ def found_in(folder: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Also what macOS, Windows and NAS boxes leave beside pictures: thumbnails, mostly."""
-    machine_made = ("@eaDir", "#recycle", "__MACOSX", "Thumbs.db", "desktop.ini")
-    return name.startswith(".") or name in machine_made
+    """Also what macOS, Windows, Linux and NAS boxes leave beside pictures: thumbnails, mostly."""
+    return name.startswith(".") or name in MACHINE_MADE
 
 
 def ending(path: str) -> str:
@@ -185,8 +196,7 @@ def files_in(paths: list[str]) -> list[str]:
     found = []
     for path in paths:
         if os.path.isdir(path):
-            files = [os.path.join(top, file) for top, _, names in os.walk(path) for file in names]
-            found += sorted(file for file in files if is_picture(file))
+            found += sorted(file for file in walk(path, seen=set()) if is_picture(file))
         else:
             found.append(path)
     return found
@@ -330,7 +340,10 @@ def open_image(path: str, image_size: int) -> Tensor:
             draft = image.draft(None, (2 * image_size, 2 * image_size))
             image.load()
             w, h = draft[1][2:] if draft else image.size
-            turn = image.getexif().get(ExifTags.Base.Orientation)
+            try:
+                turn = image.getexif().get(ExifTags.Base.Orientation)
+            except Exception:  # a note that makes no sense; the pixels are whole
+                turn = None
             if image.mode == "I" or image.mode.startswith("I;16"):
                 image = Image.fromarray(eight_bits(np.asarray(image)))
             if image.mode == "F":  # nobody knows what its white is

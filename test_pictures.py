@@ -204,13 +204,49 @@ def test_hidden_and_machine_made_files_are_skipped_without_a_word(tmp_path, caps
     """Copies in .ipynb_checkpoints, macOS's ._name.png and __MACOSX, thumbnails of NAS boxes."""
     train, _ = make_folder(tmp_path)
     picture = noise(1, 6, 6, 9)[0]
-    for folder in (".ipynb_checkpoints", "@eaDir", "__MACOSX", "cat/.hidden", "cat/@eaDir"):
+    hidden = [".ipynb_checkpoints", "@eaDir", "__MACOSX", "cat/.hidden", "cat/@eaDir"]
+    for folder in (*hidden, "$RECYCLE.BIN", "System Volume Information", "lost+found"):
         write_picture(tmp_path / "train" / folder / "0.png", picture)
     for name in ("._0.png", "Thumbs.db", ".DS_Store", "desktop.ini"):
         (tmp_path / "train/cat" / name).write_bytes(b"not a picture")
     got = load_folder(tmp_path)
     assert got.classes == ["cat", "dog"] and torch.equal(got.train_images, train)
     assert "passed over" not in capsys.readouterr().out
+
+
+def test_a_folder_to_classify_is_seen_as_a_folder_to_train_on(tmp_path):
+    """Hidden folders are skipped and links followed."""
+    train, _ = make_folder(tmp_path)
+    write_picture(tmp_path / "train/cat/.thumbnails/0.png", noise(1, 6, 6, 9)[0])
+    (tmp_path / "album").mkdir()
+    (tmp_path / "album/notes.txt").touch()
+    (tmp_path / "album/link").symlink_to("../train")
+    found = pictures.files_in([str(tmp_path / "album"), "a.png"])
+    assert len(found) == len(train) + 1 and found[-1] == "a.png"
+    assert sorted(found[:-1]) == found[:-1] and not any(".thumbnails" in path for path in found)
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("seg_train", "seg_test", "seg_pred")])
+def test_parts_by_other_names_are_not_taken_for_classes(names, tmp_path):
+    """It would learn to tell the training from the test images."""
+    for name in names:
+        for animal in ("cat", "dog"):
+            write_picture(tmp_path / name / animal / "0.png", noise(1, 6, 6, 0)[0])
+    expected = f"{sorted(names)[0]} and .* look like parts, as all of them hold cat, dog"
+    with pytest.raises(ValueError, match=expected):
+        load_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "folders",
+    ["cat/2020 cat/2021 dog/2020 dog/2021", "trains/a trains/b car/a", "train car", "a/x b"],
+)
+def test_classes_may_have_folders_in_them(folders, tmp_path):
+    """The same in all, or one may be called train: but not both."""
+    for i, folder in enumerate(folders.split()):
+        for j in range(3):
+            write_picture(tmp_path / folder / f"{i}{j}.png", noise(1, 6, 6, i + 9 * j)[0])
+    assert load_folder(tmp_path).classes == sorted({x.split("/")[0] for x in folders.split()})
 
 
 def test_files_that_are_passed_over_are_counted_by_their_ending(tmp_path, capsys):
@@ -418,6 +454,10 @@ def test_a_damaged_note_about_the_camera_costs_no_picture(tmp_path):
         warnings.simplefilter("ignore")
         got = opened(Image.new("RGB", (6, 6), (9, 9, 9)), tmp_path / "a.jpg", exif=exif)
     assert (got == 9).all()
+    for suffix in (".png", ".webp"):  # Pillow reads theirs with less patience
+        for note in (exif[6:], bytes.fromhex("0008000201120003")):
+            path = tmp_path / f"b{suffix}"
+            assert (opened(Image.new("RGB", (6, 6), (9, 9, 9)), path, exif=note) == 9).all()
 
 
 @pytest.mark.parametrize("size, S", [((480, 640), 16), ((640, 480), 24), ((333, 777), 10)])
