@@ -155,7 +155,10 @@ def describe_start(run, loss: float) -> str:
 def program(name: str) -> str:
     """One of these files, as it can be called from where the user stands."""
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
-    return min(path, os.path.relpath(path), key=len)
+    try:
+        return min(path, os.path.relpath(path), key=len)
+    except OSError:  # that folder has been removed
+        return path
 
 
 def command(argv: list[str] | None, world: int, *more: str) -> str:
@@ -172,8 +175,9 @@ class Stopped(BaseException):
 def listen_to_signals() -> dict:
     """Let both signals raise Stopped. Returns the handlers there were, {} outside the main thread.
 
-    A second signal within a second is the same wish (torchrun sends both); a later one counts, for
-    the first may have been swallowed, as in a __del__.
+    One that is ignored stays so: a shell's script starts `train.py &` deaf to Ctrl-C. A second
+    signal within a second is the same wish (torchrun sends both); a later one counts, for the first
+    may have been swallowed, as in a __del__.
     """
     heard = -math.inf
 
@@ -185,7 +189,8 @@ def listen_to_signals() -> dict:
 
     if threading.current_thread() is not threading.main_thread():
         return {}  # Python allows handlers in the main thread only
-    return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    return {number: signal.signal(number, stop) for number in heeded}
 
 
 def run_program(main) -> int:

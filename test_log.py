@@ -339,6 +339,14 @@ def test_the_command_that_continues_is_the_one_that_began_and_resume(monkeypatch
     assert log.command(None, 1, "--grad-clip", "1") == expected
 
 
+def test_a_hint_is_given_from_a_folder_that_is_gone_too(monkeypatch, here):
+    """A scratch folder may be cleaned during the run."""
+    (here / "scratch").mkdir()
+    monkeypatch.chdir(here / "scratch")
+    (here / "scratch").rmdir()
+    assert log.program("train.py") == str(HERE / "train.py")
+
+
 @pytest.fixture
 def handlers():
     """The signals' handlers, which are put back."""
@@ -364,6 +372,15 @@ def test_a_second_signal_counts_after_more_than_a_second_and_not_within_it(monke
         with pytest.raises(log.Stopped) if stops else contextlib.nullcontext() as caught:
             signal.raise_signal(number)
         assert not stops or caught.value.args == (number,)
+
+
+def test_a_signal_that_is_ignored_stays_so(handlers):
+    """A shell's script starts `train.py &` so; the Ctrl-C is meant for what runs in front."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert log.listen_to_signals() == {signal.SIGTERM: handlers[signal.SIGTERM]}
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(log.Stopped):
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_stop_is_not_swallowed_by_a_careless_except():
