@@ -709,6 +709,24 @@ def test_one_process_may_be_said_by_empty_variables(monkeypatch):
     assert run() == 0
 
 
+def test_a_terminal_that_goes_away_is_no_reason_to_stop(monkeypatch):
+    """As when ssh closes; but a reader that has had enough is one."""
+    ours = prepare()
+    terminal, stream = os.openpty()
+    with os.fdopen(stream, "w") as stream:
+        os.close(terminal)
+        monkeypatch.setattr(sys, "stdout", stream)
+        ours.say("one")
+        ours.say("two")
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        os.close(reader)
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(BrokenPipeError):
+            ours.say("three")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+
+
 def test_a_run_in_a_thread_is_a_run(plain):
     """As Gradio and Streamlit start it; Python allows signal handlers in the main thread only."""
     codes, before = [], signal.getsignal(signal.SIGINT)

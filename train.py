@@ -68,7 +68,12 @@ class Run:
 
     def say(self, text: str):
         if self.rank == 0:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:  # as in `| head`: nobody wants more
+                raise
+            except OSError:  # the terminal is gone, or its disk full: the same is in log.csv
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     @property
     def unused(self) -> tuple:
