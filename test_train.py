@@ -709,6 +709,12 @@ def test_one_process_may_be_said_by_empty_variables(monkeypatch):
     assert run() == 0
 
 
+def test_a_rank_alone_is_no_process_of_several(monkeypatch, capsys):
+    """Some clusters set RANK for every job."""
+    monkeypatch.setenv("RANK", "1")
+    assert run() == 0 and "epoch" in capsys.readouterr().out
+
+
 def test_a_terminal_that_goes_away_is_no_reason_to_stop(monkeypatch):
     """As when ssh closes; but a reader that has had enough is one."""
     ours = prepare()

@@ -395,7 +395,8 @@ def main(argv: list[str] | None = None) -> int:
     line on stderr, is 1 for a loss that diverged and 2 for errors that the user can fix.
     """
     began = time.monotonic()
-    rank, world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    rank = int(os.environ.get("RANK") or 0) if world > 1 else 0
     out, old_handlers = TrainConfig.out, log.listen_to_signals()
 
     parser = recipe.make_parser()
