@@ -715,6 +715,22 @@ def test_a_rank_alone_is_no_process_of_several(monkeypatch, capsys):
     assert run() == 0 and "epoch" in capsys.readouterr().out
 
 
+def test_a_run_in_a_folder_of_pictures_is_refused(tmp_path, capsys):
+    """Its own pictures would be a class. A run that is there already may go on."""
+    save_pictures(tmp_path / "pets")
+    os.symlink("pets", tmp_path / "link")
+    flags = ["--dataset", "folder", "--data-dir", "pets"]
+    before = tree()
+    for out in ("pets/out", "link/a/b"):
+        assert run(*flags, out=out) == 2
+        assert f"--out {out} lies in --data-dir pets" in capsys.readouterr().err
+    assert tree() == before
+    assert run(*flags, "--max-minutes", 1e-9, out="pets2/out") == 0
+    os.rename("pets2/out", "pets/out")
+    assert run(*flags, "--resume", out="pets/out") == 0
+    assert run("--data-dir", "pets", "--max-minutes", 1e-9, out="pets/shapes") == 0  # no pictures
+
+
 def test_a_terminal_that_goes_away_is_no_reason_to_stop(monkeypatch):
     """As when ssh closes; but a reader that has had enough is one."""
     ours = prepare()

@@ -185,6 +185,12 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     saved = {**last["train"], **last["vit"]} if last else None
     values = recipe.resolve(preset, flags, saved)
     config, vit_config = recipe.build_configs(values)
+    inside = os.path.join(os.path.realpath(config.data_dir), "")
+    if not last and config.dataset == "folder" and os.path.realpath(out).startswith(inside):
+        raise ValueError(
+            f"--out {out} lies in --data-dir {config.data_dir}, where the pictures that a run "
+            f"draws would be taken for a class: choose another --out"
+        )
 
     # the device
     device = checkpoint.pick_device(config.device)
