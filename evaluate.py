@@ -352,6 +352,7 @@ def evaluate(
     model = build_model(checkpoint).to(pick_device(device))
     logits = compute_logits(model, images, mean, std).cpu()
     metrics = {"split": split, "epoch": checkpoint["epoch"], "epochs_trained": len(history)}
+    metrics["data_dir"] = data_dir
     metrics |= measure(logits, labels, classes)
     print(describe(metrics), flush=True)
     os.makedirs(out, exist_ok=True)

@@ -1335,6 +1335,17 @@ def test_metrics_count_as_the_end_only_if_they_are_whole_and_of_the_best_epoch(l
     assert Path("out/metrics.json").read_text() == final
 
 
+def test_other_pictures_that_were_looked_at_do_not_replace_the_test_set(plain, capsys):
+    """By `evaluate.py out --data-dir elsewhere`, before the run's own evaluation."""
+    shutil.copytree(plain, "out")
+    final = Path("out/metrics.json").read_text()
+    shutil.copytree("out", "elsewhere")
+    assert evaluate.main(["out", "--device", "cpu", "--data-dir", "elsewhere"]) == 0
+    assert Path("out/metrics.json").read_text() != final
+    assert run("--resume") == 0 and "now, once, the test set" in capsys.readouterr().out
+    assert Path("out/metrics.json").read_text() == final
+
+
 def test_looking_at_the_test_set_on_the_way_does_not_replace_the_last_look(monkeypatch, capsys):
     """Even if the epoch that was looked at stays the best: its curves ended there."""
     script(monkeypatch, [0.9, 0.8])

@@ -378,7 +378,8 @@ def finish(run: Run):
     derive(run, whole)  # what a kill may have kept from being written
     best = checkpoint.best_of(whole)
     seen = evaluate.read_metrics(out)  # a look on the way here is not the last one
-    if (seen.get("epoch"), seen.get("epochs_trained")) == (best["epoch"], run.config.epochs):
+    last_look = best["epoch"], run.config.epochs, run.config.data_dir
+    if tuple(map(seen.get, ("epoch", "epochs_trained", "data_dir"))) == last_look:
         run.say(f"the run in {out}/ is complete, and so is its evaluation")
         return
     run.say(
