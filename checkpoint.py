@@ -133,6 +133,28 @@ def check_out(out: str, resume: bool) -> dict | None:
     return None
 
 
+def lock(out: str) -> int | None:
+    """Keep the folder from other processes that ask: a file descriptor, to be closed at the end.
+
+    The system closes it, too, when the process dies. None where it knows no such locks (Windows,
+    some network drives). ValueError where another process has it.
+    """
+    try:
+        import fcntl
+
+        folder = os.open(out, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise ValueError(f"another run is writing to {out}: choose another --out") from None
+    except OSError:
+        pass
+    return folder
+
+
 def saved_in(out: str) -> str:
     """What is on the disk, read from the disk."""
     path = os.path.join(out, "last.pt")

@@ -9,6 +9,7 @@ a file is written, folders of another user, repositories of git.
 import builtins
 import contextlib
 import errno
+import fcntl
 import os
 import pickle
 import re
@@ -525,6 +526,31 @@ def test_what_is_saved_is_read_from_the_disk(plain):
     assert saved_in("out") == "out/last.pt holds epoch 1 of 2"
     Path("out/last.pt").write_bytes(b"half")
     assert saved_in("out") == "no epoch is saved yet"
+
+
+def test_a_folder_is_locked_until_its_run_ends():
+    """Against others, in this process or in another, that ask for it."""
+    os.mkdir("out")
+    folder = checkpoint.lock("out")
+    with pytest.raises(ValueError, match="^another run is writing to out: choose another --out$"):
+        checkpoint.lock("out")
+    os.close(folder)
+    again = checkpoint.lock("out")
+    assert again is not None and not os.listdir("out")
+    os.close(again)
+
+
+def test_where_there_are_no_locks_a_run_goes_on_without(monkeypatch):
+    """On some network drives, and on Windows."""
+    os.mkdir("out")
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    os.close(checkpoint.lock("out"))
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert checkpoint.lock("out") is None
 
 
 # ---- The device, and where the numbers come from ----

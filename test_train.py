@@ -731,6 +731,23 @@ def test_a_run_in_a_folder_of_pictures_is_refused(tmp_path, capsys):
     assert run("--data-dir", "pets", "--max-minutes", 1e-9, out="pets/shapes") == 0  # no pictures
 
 
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_runs(monkeypatch, capsys):
+    """From its start, before anything is saved, to its end."""
+    real, codes = train.train_epoch, []
+
+    def train_epoch(*args):
+        if not codes:
+            codes.append(2)
+            codes[0] = run("--seed", 1)
+        return real(*args)
+
+    monkeypatch.setattr(train, "train_epoch", train_epoch)
+    assert run() == 0 and codes == [2]
+    assert "another run is writing to out: choose another --out" in capsys.readouterr().err
+    assert saved()["train"]["seed"] == 0
+    assert run("--resume") == 0
+
+
 def test_a_terminal_that_goes_away_is_no_reason_to_stop(monkeypatch):
     """As when ssh closes; but a reader that has had enough is one."""
     ours = prepare()

@@ -404,7 +404,7 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     world = int(os.environ.get("WORLD_SIZE") or 1)
     rank = int(os.environ.get("RANK") or 0) if world > 1 else 0
-    out, old_handlers = TrainConfig.out, log.listen_to_signals()
+    out, folder, old_handlers = TrainConfig.out, None, log.listen_to_signals()
 
     parser = recipe.make_parser()
 
@@ -416,6 +416,7 @@ def main(argv: list[str] | None = None) -> int:
         out = flags.get("out", out)
         try:
             run = prepare(preset, flags, rank, world)
+            folder = checkpoint.lock(out) if rank == 0 else None
         except (ValueError, OSError) as error:
             fail(2, error)
         train(run, began, argv)
@@ -447,6 +448,8 @@ def main(argv: list[str] | None = None) -> int:
         hint = "a smaller --batch-size, --image-size or network needs less"
         fail(2, f"out of memory: {hint}. {checkpoint.saved_in(out)}")
     finally:
+        if folder is not None:
+            os.close(folder)
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
 
