@@ -378,8 +378,9 @@ def finish(run: Run):
     derive(run, whole)  # what a kill may have kept from being written
     best = checkpoint.best_of(whole)
     seen = evaluate.read_metrics(out)  # a look on the way here is not the last one
-    last_look = best["epoch"], run.config.epochs, run.config.data_dir
-    if tuple(map(seen.get, ("epoch", "epochs_trained", "data_dir"))) == last_look:
+    data_dir = run.config.data_dir
+    look = (seen.get("epoch"), seen.get("epochs_trained"), seen.get("data_dir", data_dir))
+    if look == (best["epoch"], run.config.epochs, data_dir):
         run.say(f"the run in {out}/ is complete, and so is its evaluation")
         return
     run.say(
