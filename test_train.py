@@ -1336,9 +1336,12 @@ def test_a_signal_at_any_moment_of_a_save_leaves_whole_files_and_ends_it():
 def test_a_finished_run_is_not_evaluated_again(plain, capsys):
     """The test set is looked at once in the life of a run."""
     shutil.copytree(plain, "out")
-    before = tree()
-    assert run("--resume") == 0
-    assert "complete" in capsys.readouterr().out and tree() == before
+    metrics = json.loads(Path("out/metrics.json").read_text())
+    for left in (metrics, {k: v for k, v in metrics.items() if k != "data_dir"}):  # as once
+        Path("out/metrics.json").write_text(json.dumps(left))
+        before = tree()
+        assert run("--resume") == 0
+        assert "complete" in capsys.readouterr().out and tree() == before
 
 
 @pytest.mark.parametrize("left", ["another epoch's", "torn", "empty", "a list"])
