@@ -51,6 +51,16 @@ def load_folder(data_dir: str, image_size: int, only_test: bool = False) -> tupl
     # A class may be called "train", as in cars, ships and trains: it has no folders in it.
     if len(parts) < len(folders) and not any(contents(path)[0] for path in parts.values()):
         parts = {}
+    if not parts and len(folders) > 1 and any("train" in name for name in folders):
+        names = [os.path.basename(path) for path in folders.values()]
+        first, *others = (
+            [os.path.basename(path) for path in contents(folder)[0]] for folder in folders.values()
+        )
+        if first and all(other == first for other in others):
+            raise ValueError(
+                f"{data_dir}: {' and '.join(names)} look like parts, as all of them hold "
+                f"{', '.join(first)}; {EXPECTED}"
+            )
     vals = [name for name in VAL_NAMES if name in parts]
     if len(vals) > 1:
         raise ValueError(f"{data_dir} has {' and '.join(vals)}: keep one of them")
@@ -140,14 +150,6 @@ def list_images(root: str, passed_over: Counter) -> dict[str, list[str]]:
         passed_over.update(ending(path) for path in files if not is_picture(path))
         # An accent is one character or two (macOS): the names look alike, and are one class.
         images.setdefault(unicodedata.normalize("NFC", name), []).extend(pictures)
-    inner = [{os.path.basename(path) for path in contents(folder)[0]} for folder in folders]
-    if len(folders) > 1 and inner[0] and all(names == inner[0] for names in inner):
-        names = [os.path.basename(folder) for folder in folders]
-        if any("train" in name.lower() for name in names):
-            raise ValueError(
-                f"{root}: {' and '.join(names)} look like parts, as all of them hold "
-                f"{', '.join(sorted(inner[0]))}; {EXPECTED}"
-            )
     if len(images) == 1:
         inside = f"in {folders[0]} {found_in(folders[0])}"
         raise ValueError(f"{root} has a single class, {name}: {inside}; {EXPECTED}")
