@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{machine}, torch {facts['torch']}, commit {facts['commit']}")
     print(f"  {'':<58}{'median':>9} {'':<10}{'fastest .. slowest':>18}{'ratio':>8}")
     bench_pipeline()
-    half = optim.pick_dtype("bfloat16", device) if dtype == torch.float32 else dtype
+    half = optim.pick_dtype("bfloat16", device)
     bench_models(batch, device, half, compiling=args.compile or device.type == "cuda")
     bench_epoch(batch, device, half)
     bench_scaling(batch, device, dtype)
