@@ -239,7 +239,10 @@ def test_parts_by_other_names_are_not_taken_for_classes(names, tmp_path):
 
 @pytest.mark.parametrize(
     "folders",
-    ["cat/2020 cat/2021 dog/2020 dog/2021", "trains/a trains/b car/a", "train car", "a/x b"],
+    [
+        *("cat/2020 cat/2021 dog/2020 dog/2021", "trains/a trains/b car/a", "train car", "a/x b"),
+        "boats/a cars/a cars/b trains/a",
+    ],
 )
 def test_classes_may_have_folders_in_them(folders, tmp_path):
     """The same in all, or one may be called train: but not both."""
