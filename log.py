@@ -168,12 +168,29 @@ def command(argv: list[str] | None, world: int, *more: str) -> str:
     return shlex.join([*launcher, program("train.py"), *words, "--resume", *more])
 
 
+def say(text: str):
+    """Print a line at once, or not at all where the terminal is gone: the same is in log.csv."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # as in `| head`: nobody wants more
+        raise
+    except OSError:  # or its disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Windows has no SIGHUP
+SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+
+
 class Stopped(BaseException):
-    """Ctrl-C or SIGTERM. A BaseException, so that no `except Exception` on the way swallows it."""
+    """Ctrl-C, SIGTERM, or the SIGHUP of a terminal that closes.
+
+    A BaseException, so that no `except Exception` on the way swallows it.
+    """
 
 
 def listen_to_signals() -> dict:
-    """Let both signals raise Stopped. Returns the handlers there were, {} outside the main thread.
+    """Let these signals raise Stopped. Returns the handlers there were, {} outside the main thread.
 
     One that is ignored stays so: a shell's script starts `train.py &` deaf to Ctrl-C. A second
     signal within a second is the same wish (torchrun sends both); a later one counts, for the first
@@ -189,7 +206,7 @@ def listen_to_signals() -> dict:
 
     if threading.current_thread() is not threading.main_thread():
         return {}  # Python allows handlers in the main thread only
-    heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, stop) for number in heeded}
 
 

@@ -347,10 +347,27 @@ def test_a_hint_is_given_from_a_folder_that_is_gone_too(monkeypatch, here):
     assert log.program("train.py") == str(HERE / "train.py")
 
 
+def test_a_terminal_that_goes_away_is_no_reason_to_stop(monkeypatch):
+    """As of a run that was started with nohup; but a reader that has had enough is one."""
+    terminal, stream = os.openpty()
+    with os.fdopen(stream, "w") as stream:
+        os.close(terminal)
+        monkeypatch.setattr(sys, "stdout", stream)
+        log.say("one")
+        log.say("two")
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        os.close(reader)
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(BrokenPipeError):
+            log.say("three")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+
+
 @pytest.fixture
 def handlers():
     """The signals' handlers, which are put back."""
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield old
     for number, handler in old.items():
         signal.signal(number, handler)
@@ -376,9 +393,11 @@ def test_a_second_signal_counts_after_more_than_a_second_and_not_within_it(monke
 
 def test_a_signal_that_is_ignored_stays_so(handlers):
     """A shell's script starts `train.py &` so; the Ctrl-C is meant for what runs in front."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):  # nohup ignores the latter
+        signal.signal(number, signal.SIG_IGN)
     assert log.listen_to_signals() == {signal.SIGTERM: handlers[signal.SIGTERM]}
     signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGHUP)
     with pytest.raises(log.Stopped):
         signal.raise_signal(signal.SIGTERM)
 

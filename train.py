@@ -68,12 +68,7 @@ class Run:
 
     def say(self, text: str):
         if self.rank == 0:
-            try:
-                print(text, flush=True)
-            except BrokenPipeError:  # as in `| head`: nobody wants more
-                raise
-            except OSError:  # the terminal is gone, or its disk full: the same is in log.csv
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            log.say(text)
 
     @property
     def unused(self) -> tuple:
@@ -399,8 +394,9 @@ def finish(run: Run):
 def main(argv: list[str] | None = None) -> int:
     """Train, as the command line says. Returns the exit code.
 
-    0 when all is done or the time is up, 130 and 143 after Ctrl-C and SIGTERM. SystemExit, with one
-    line on stderr, is 1 for a loss that diverged and 2 for errors that the user can fix.
+    0 when all is done or the time is up; 130, 143 and 129 after Ctrl-C, SIGTERM and SIGHUP.
+    SystemExit, with one line on stderr, is 1 for a loss that diverged and 2 for errors that the
+    user can fix.
     """
     began = time.monotonic()
     world = int(os.environ.get("WORLD_SIZE") or 1)
@@ -433,8 +429,8 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(number, signal.SIG_IGN)  # until the farewell is said
         [number] = stopped.args
         if rank == 0:
-            print(f"stopped by {signal.Signals(number).name}: {checkpoint.saved_in(out)}")
-            print(f"continue with: {log.command(argv, world)}", flush=True)
+            log.say(f"stopped by {signal.Signals(number).name}: {checkpoint.saved_in(out)}")
+            log.say(f"continue with: {log.command(argv, world)}")
         return 128 + number
     except Diverged as error:
         saved, rescue = checkpoint.saved_in(out), log.command(argv, world, "--grad-clip", "1")
