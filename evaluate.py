@@ -324,7 +324,8 @@ def evaluate(
 
     In this order, so that no picture can cost a number. dataset: one that is loaded already; else
     the one the checkpoint was trained on is loaded. history: the rows of its log.csv, for the
-    curves. The files of the validation split are called *_val, but for curves and positions.
+    curves. The files of the validation split are called *_val, but for curves and positions, and
+    those of a last.pt *_last: metrics.json is the best weights' look at the test set.
     ValueError if the data do not fit the checkpoint. Returns the metrics.
     """
     # the images
@@ -356,7 +357,8 @@ def evaluate(
     metrics |= measure(logits, labels, classes)
     print(describe(metrics), flush=True)
     os.makedirs(out, exist_ok=True)
-    suffix = "" if split == "test" else f"_{split}"
+    which = "_last" if "optimizer" in checkpoint else ""  # a best.pt has only weights
+    suffix = which if split == "test" else f"{which}_{split}"
     path = os.path.join(out, f"metrics{suffix}.json")
     write_atomically(path, json.dumps(metrics, indent=1).encode())
 
@@ -374,7 +376,7 @@ def evaluate(
     picture(plot_confusion_matrix, f"confusion_matrix{suffix}.png", metrics, title)
     picture(plot_attention, f"attention{suffix}.png", model, *shown, title)
     picture(plot_mistakes, f"mistakes{suffix}.png", images, labels, logits, classes, title)
-    picture(plot_positions, "positions.png", model, name)
+    picture(plot_positions, f"positions{which}.png", model, name)
     if history:
         picture(plot_curves, "curves.png", history, name)
     return metrics

@@ -733,6 +733,27 @@ def test_the_program_evaluates_the_test_split_from_the_checkpoint_alone(plain, m
     assert expected["epochs_trained"] == len(history) == 2
 
 
+def test_a_look_at_the_last_weights_leaves_that_at_the_best_ones_alone(plain, monkeypatch):
+    """Numbers and pictures lie beside those of the run's own result. (Only the curves, of the same
+    log, are drawn again.)"""
+    monkeypatch.setattr(evaluate, "draw", lambda plot, path, *_: Path(path).write_bytes(b"drawn"))
+    shutil.copytree(plain, "out")
+    for name in ("confusion_matrix", "attention", "mistakes", "positions"):
+        for split in ("", "_val"):
+            Path(f"out/{name}{split}.png").write_bytes(b"of the best")
+    before = tree("out")
+    for split in ("test", "val"):
+        assert program("out/last.pt", "--split", split, "--device", "cpu") == 0
+    after = tree("out")
+    assert {name: after[name] for name in before} == before
+    assert Path("out/curves.png").read_bytes() == b"drawn"
+    metrics = [json.loads(Path(f"out/metrics_last{x}.json").read_text()) for x in ("", "_val")]
+    assert [(m["split"], m["epoch"], m["images"]) for m in metrics] == [
+        ("test", 2, 30),
+        ("val", 2, 20),
+    ]
+
+
 @pytest.mark.parametrize("damage", ["renamed", "semicolons", "binary", "a folder", "gone"])
 def test_a_damaged_log_costs_the_curves_and_a_line_that_names_it(
     damage, plain, monkeypatch, capsys
