@@ -1169,14 +1169,21 @@ def test_out_of_memory_is_one_line_that_says_what_is_kept(error, monkeypatch, ca
     assert run("--resume") == 0
 
 
-def test_any_other_failure_of_torch_keeps_its_traceback(monkeypatch):
-    """A bug is not the user's to fix, even if its text speaks of memory."""
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "value cannot be converted to type uint8_t without overflow",
+    ],
+)
+def test_any_other_failure_of_torch_keeps_its_traceback(text, monkeypatch):
+    """A bug is not the user's to fix, even if its text speaks of memory or overflow."""
 
     def raise_it(*_):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError(text)
 
     on_call(monkeypatch, optim, "train_step", 8, raise_it)
-    with pytest.raises(RuntimeError, match="illegal"):
+    with pytest.raises(RuntimeError, match=text):
         run()
 
 
@@ -1507,8 +1514,10 @@ BAD_INPUT = {  # flags: what the message must say, or (what to prepare, what the
     "--patch-size 0": "patch_size must be at least 1",
     "--heads 0": "heads must be at least 1",
     "--mlp-ratio 0": "mlp_ratio 0.0 times dim 8",
-    "--mlp-ratio 1e12": "out of memory",
-    "--mlp-ratio 1e18": "out of memory",  # torch: overflow
+    "--image-size 4000000": "out of memory",
+    "--image-size 4000000000": "out of memory",  # torch: Storage size calculation overflowed
+    "--mlp-ratio 1e18": "mlp_ratio 1e+18 times dim 8 is no width for a hidden layer",
+    "--dim 99999999999999999998": "mlp_ratio 4.0 times dim 99999999999999999998 is no width",
     "--dropout 1": "dropout must be in [0, 1)",
     "--drop-path nan": "drop_path must be in [0, 1)",
     "--pool max": 'pool must be "cls" or "mean", got "max"',

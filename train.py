@@ -436,10 +436,14 @@ def main(argv: list[str] | None = None) -> int:
         saved, rescue = checkpoint.saved_in(out), log.command(argv, world, "--grad-clip", "1")
         hint = "A lower --lr or --grad-clip 1 may help"
         fail(1, f"{error}. {hint}. {saved}; continue with: {rescue} --lr LOWER")
+    except BrokenPipeError:
+        raise
     except OSError as error:  # a full disk, a folder that is gone
-        fail(2, f"{error}. {checkpoint.saved_in(out)}; continue with: {log.command(argv, world)}")
+        hint = f"{checkpoint.saved_in(out)}; continue with: {log.command(argv, world)}"
+        fail(2, f"{error}. {hint}", alone=True)
     except (RuntimeError, MemoryError) as error:  # torch has no type of its own for a CPU's
-        about_memory = re.search("out of memory|allocate memory|overflow", str(error).lower())
+        told = "out of memory|allocate memory|storage size calculation overflow"
+        about_memory = re.search(told, str(error).lower())
         if not (about_memory or isinstance(error, MemoryError)):
             raise
         hint = "a smaller --batch-size, --image-size or network needs less"

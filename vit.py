@@ -19,7 +19,6 @@ timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes
 `python vit.py` prints a tour of every shape.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,7 +59,7 @@ class ViTConfig:
             raise ValueError(f"image_size {image} is not divisible by patch_size {patch}")
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not divisible by heads {self.heads}")
-        if not 1 <= self.dim * self.mlp_ratio < math.inf:
+        if not 1 <= self.dim * self.mlp_ratio < 2**31:
             ratio = f"mlp_ratio {self.mlp_ratio} times dim {self.dim}"
             raise ValueError(f"{ratio} is no width for a hidden layer")
         for name in ("dropout", "attn_dropout", "drop_path"):
