@@ -1597,6 +1597,39 @@ def test_of_several_processes_one_says_what_is_wrong(monkeypatch, capsys):
         assert len(capsys.readouterr().err.splitlines()) == lines
 
 
+@pytest.mark.parametrize("error", [OSError("its disk is full"), MemoryError()])
+def test_of_several_processes_the_one_that_fails_alone_says_so(error, monkeypatch, capsys):
+    """The others only see that it is gone."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train, "train", fail)
+    monkeypatch.setattr(train, "prepare", lambda *_: SimpleNamespace(epoch=1))
+    monkeypatch.setenv("RANK", "1")
+    os.makedirs("out")
+    for world, told in (("2", "error: rank 1: "), ("1", "error: ")):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        assert run() == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(told) and "rank" not in line.removeprefix(told)
+
+
+def test_of_several_processes_one_says_what_the_data_are(monkeypatch, capsys):
+    """What pictures.py prints, every process would."""
+
+    def load(*args, real=data.load):
+        print("set aside for the test")
+        return real(*args)
+
+    monkeypatch.setattr(data, "load", load)
+    for name in ("init_process_group", "barrier"):
+        monkeypatch.setattr(train.dist, name, lambda *_, **__: None)
+    for rank in (0, 1):
+        prepare(rank=rank, world=2)
+        assert ("set aside for the test" in capsys.readouterr().out) == (rank == 0)
+
+
 # ---- 11 Real processes ----
 
 STARTED = []
@@ -1896,6 +1929,7 @@ def gpu(monkeypatch):
     for room in (checkpoint, evaluate):
         monkeypatch.setattr(room, "pick_device", torch.device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(optim, "can_compile", lambda device: False)
     monkeypatch.setattr(train, "save_pause", lambda device: 0.0)
     return PretendedGPU()
@@ -1962,6 +1996,22 @@ def test_each_process_takes_the_gpu_of_its_number(gpu, monkeypatch):
     with gpu:
         ours = prepare("--device", "cuda", "--dtype", "bfloat16", rank=1, world=2)
     assert calls == [torch.device("cuda", 1), "nccl"] and ours.device == calls[0]
+
+
+def test_more_processes_than_gpus_are_refused(gpu, monkeypatch):
+    """By all of them, so that the first can say so. Only those of this machine count."""
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: pytest.fail("too late"))
+    for rank in (0, 2):
+        with gpu, pytest.raises(ValueError, match="3 processes need as many GPUs, and here are 2"):
+            prepare("--device", "cuda", rank=rank, world=3)
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(train.dist, "barrier", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    flags = ("--device", "cuda", "--batch-size", 20, "--dtype", "bfloat16")
+    with gpu:
+        assert prepare(*flags, rank=3, world=4).device == torch.device("cuda", 1)
 
 
 def test_an_epoch_on_a_gpu_waits_no_oftener_for_more_steps(gpu):

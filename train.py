@@ -15,6 +15,7 @@ looked at once, at the end, by evaluate.py.
 Axes:  N images (tokens in vit.py)   B batch   H, W image height and width   K classes
 """
 
+import contextlib
 import copy
 import math
 import os
@@ -196,6 +197,9 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         torch.use_deterministic_algorithms(True)
     if world > 1:
         if device.type == "cuda":
+            processes, gpus = os.environ.get("LOCAL_WORLD_SIZE", world), torch.cuda.device_count()
+            if int(processes) > gpus:
+                raise ValueError(f"{processes} processes need as many GPUs, and here are {gpus}")
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         wait = timedelta(hours=3)  # while rank 0 downloads, decodes or evaluates
@@ -206,7 +210,9 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         print(log.describe_model(vit_config), flush=True)
     else:
         dist.barrier()
-    dataset = data.load(config.dataset, config.data_dir, vit_config.image_size, config.download_url)
+    source = (config.dataset, config.data_dir, vit_config.image_size, config.download_url)
+    with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):
+        dataset = data.load(*source)
     if rank == 0 and world > 1:
         dist.barrier()
     if last is None:
@@ -405,8 +411,11 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = recipe.make_parser()
 
-    def fail(code: int, text: object):
-        parser.exit(code, f"error: {' '.join(str(text).split())}\n" if rank == 0 else None)
+    def fail(code: int, text: object, alone: bool = False):
+        """alone: it may have happened to this process only, and rank 0 does not know."""
+        who = f"rank {rank}: " if alone and world > 1 else ""
+        line = f"error: {who}{' '.join(str(text).split())}\n"
+        parser.exit(code, line if alone or rank == 0 else None)
 
     try:
         preset, flags = recipe.parse(argv, parser)
@@ -447,10 +456,10 @@ def main(argv: list[str] | None = None) -> int:
         if not (about_memory or isinstance(error, MemoryError)):
             raise
         hint = "a smaller --batch-size, --image-size or network needs less"
-        fail(2, f"out of memory: {hint}. {checkpoint.saved_in(out)}")
+        fail(2, f"out of memory: {hint}. {checkpoint.saved_in(out)}", alone=True)
     finally:
-        if folder is not None:
-            os.close(folder)
+        if lock_file is not None:
+            os.close(lock_file)
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
 
