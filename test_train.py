@@ -749,6 +749,23 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_runs(monkeyp
     assert run("--resume") == 0
 
 
+def test_a_run_that_came_and_went_while_another_read_its_data_is_not_overwritten(
+    monkeypatch, capsys
+):
+    real, codes = data.load, []
+
+    def load(*args, **kwargs):
+        if not codes:
+            codes.append(None)
+            codes[0] = run("--seed", 1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(data, "load", load)
+    assert run() == 2 and codes == [0]
+    assert "out already holds a run" in capsys.readouterr().err
+    assert saved()["train"]["seed"] == 1
+
+
 def test_a_run_in_a_thread_is_a_run(plain):
     """As Gradio and Streamlit start it; Python allows signal handlers in the main thread only."""
     codes, before = [], signal.getsignal(signal.SIGINT)
@@ -1569,6 +1586,19 @@ def test_an_error_of_many_lines_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(data, "load", load)
     assert run() == 2
     assert capsys.readouterr().err == "error: two lines\n"
+
+
+@pytest.mark.parametrize("name", ["prepare", "train"])
+def test_a_reader_that_has_had_enough_ends_the_run_without_a_word(name, monkeypatch, capsys):
+    """As in `| head`: log.run_program knows what to do."""
+
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(train, name, broken)
+    with pytest.raises(BrokenPipeError):
+        main(*TINY, "--out", "out")
+    assert not capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_epoch(monkeypatch, capsys):

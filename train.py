@@ -407,7 +407,7 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     world = int(os.environ.get("WORLD_SIZE") or 1)
     rank = int(os.environ.get("RANK") or 0) if world > 1 else 0
-    out, folder, old_handlers = TrainConfig.out, None, log.listen_to_signals()
+    out, lock_file, old_handlers = TrainConfig.out, None, log.listen_to_signals()
 
     parser = recipe.make_parser()
 
@@ -422,7 +422,12 @@ def main(argv: list[str] | None = None) -> int:
         out = flags.get("out", out)
         try:
             run = prepare(preset, flags, rank, world)
-            folder = checkpoint.lock(out) if rank == 0 else None
+            if rank == 0:
+                lock_file = checkpoint.lock(out)
+                if run.epoch == 0:  # another run may have come and gone while the data were read
+                    checkpoint.check_out(out, resume=False)
+        except BrokenPipeError:  # as in `| head`: see log.run_program
+            raise
         except (ValueError, OSError) as error:
             fail(2, error)
         train(run, began, argv)
