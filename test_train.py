@@ -1364,6 +1364,13 @@ def test_metrics_count_as_the_end_only_if_they_are_whole_and_of_the_best_epoch(l
     assert Path("out/metrics.json").read_text() == final
 
 
+def test_the_same_pictures_by_another_path_are_not_looked_at_again(plain, capsys):
+    shutil.copytree(plain, "out")
+    for way in ("./data", os.path.abspath("data"), "other/../data/"):
+        assert run("--resume", "--data-dir", way) == 0
+        assert "complete" in capsys.readouterr().out, way
+
+
 def test_other_pictures_that_were_looked_at_do_not_replace_the_test_set(plain, capsys):
     """By `evaluate.py out --data-dir elsewhere`, before the run's own evaluation."""
     shutil.copytree(plain, "out")

@@ -379,8 +379,9 @@ def finish(run: Run):
     derive(run, whole)  # what a kill may have kept from being written
     best = checkpoint.best_of(whole)
     seen = evaluate.read_metrics(out)  # a look on the way here is not the last one
-    data_dir = run.config.data_dir
-    look = (seen.get("epoch"), seen.get("epochs_trained"), seen.get("data_dir", data_dir))
+    data_dir = os.path.realpath(run.config.data_dir)
+    seen_dir = os.path.realpath(seen.get("data_dir", data_dir))
+    look = (seen.get("epoch"), seen.get("epochs_trained"), seen_dir)
     if look == (best["epoch"], run.config.epochs, data_dir):
         run.say(f"the run in {out}/ is complete, and so is its evaluation")
         return
