@@ -2,7 +2,7 @@
 The loop: trains a Vision Transformer on CIFAR-10 from scratch, and loses no run.
 
     python train.py                            300 epochs of DeiT-Ti on CIFAR-10; wants a GPU
-    python train.py --preset demo              two minutes on two CPU cores, no download
+    python train.py --preset demo              two to four minutes on two CPU cores, no download
     python train.py --resume                   continues the run in out/ (on a CPU to the same bits)
     torchrun --nproc_per_node=4 train.py       the same batches and schedule on four GPUs
 
@@ -111,7 +111,7 @@ def train_epoch(run: Run, epoch: int) -> dict:
         results.append(torch.stack(optim.train_step(state, images[mine], targets[mine], config)))
 
     # the losses, read once an epoch: here the CPU waits for the GPU, at last
-    weights = torch.nn.utils.get_total_norm(list(state.model.parameters()))
+    weight_norm = torch.nn.utils.get_total_norm(list(state.model.parameters()))
     results = torch.stack(results)  # (steps, 2): loss and gradient norm
     if run.world > 1:
         dist.all_reduce(results)
@@ -126,8 +126,8 @@ def train_epoch(run: Run, epoch: int) -> dict:
             f"epoch {epoch}, step {step + 1} of {steps}: the loss is {losses[step]:g}, "
             f"the gradient norm {norms[step]:g}"
         )
-    if not weights.isfinite():
-        raise Diverged(f"epoch {epoch}: the norm of the weights is {weights:g}")
+    if not weight_norm.isfinite():
+        raise Diverged(f"epoch {epoch}: the norm of the weights is {weight_norm:g}")
     taken = state.scheduler.last_epoch - taken_before
     images_per_second = steps * config.batch_size / seconds
     return dict.fromkeys(log.NAMES) | {

@@ -302,8 +302,7 @@ class VisionTransformer(nn.Module):
 
         Biases 0, LayerNorm gains 1, relative positions like a convolution, the rest normal with
         standard deviation 0.02. That is DeiT's choice. (It calls it truncated, but at +-2 = 100
-        standard deviations nothing is cut. torch 2.11's trunc_normal_ itself draws a -2, once in
-        2^24 numbers.)
+        standard deviations nothing is cut.)
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
