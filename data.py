@@ -244,6 +244,9 @@ def normalize(images: Tensor, mean: tuple | Tensor, std: tuple | Tensor) -> Tens
     """uint8 (B, 3, H, W) -> float32: (x / 255 - mean) / std in every channel.
 
     mean and std as tensors on the device save a copy to it, for which the CPU would wait.
+    ValueError for pixels that are no uint8: in [0, 1] they would all look black.
     """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"expected uint8 pixels, 0 to 255, got {images.dtype}")
     mean, std = (torch.as_tensor(x, device=images.device).view(-1, 1, 1) for x in (mean, std))
     return images.float().mul_(1 / (255 * std)).sub_(mean / std)

@@ -410,6 +410,13 @@ def test_normalising_is_per_channel_and_invertible():
         assert torch.equal(((out[:, c] * std[c] + mean[c]) * 255).round().byte(), images[:, c])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64])
+def test_pixels_that_are_no_bytes_are_refused(dtype):
+    """torchvision's ToTensor gives floats in [0, 1]: divided by 255 again, every image is black."""
+    with pytest.raises(ValueError, match=f"expected uint8 pixels, 0 to 255, got {dtype}"):
+        data.normalize(torch.ones(2, 3, 4, 4, dtype=dtype), (0.5,) * 3, (0.2,) * 3)
+
+
 def test_normalising_does_not_write_into_its_input():
     images = noise(2, 4, 5, 0)
     original = images.clone()
