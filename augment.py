@@ -6,9 +6,9 @@ Augmentation: what training does to the pixels of an epoch, on whole batches and
     combine     float32 (B, 3, H, W), targets (B, K) -> the same: mixup or cutmix of a batch
     epoch_batches      both, for the batches of an epoch
 
-Every image has draws of its own. Every random function draws from the CPU torch.Generator it is
-given and from nothing else, so one seed gives one batch, on every device. No function writes into
-its input.
+Crop, flip and RandAugment draw anew for every image, mixup and cutmix once for a batch. Every
+random function draws from the CPU torch.Generator it is given and from nothing else, so one seed
+gives one batch, on every device. No function writes into its input.
 
 Axes:  N images (tokens in vit.py)   B batch   C = 3 channels   H, W image height and width
        K classes
@@ -202,9 +202,9 @@ def rand_augment(
     """RandAugment (Cubuk 2020) of uint8 (N, 3, H, W), with independent draws for every image.
 
     magnitude: 0..30, as in torchvision; prob: chance that a drawn operation is applied at all;
-    fill: the colour (3 numbers, 0..255) of pixels from outside the image, None for black. (2, 9) is
-    torchvision's default. timm's "rand-m9" is three times as strong and skips half: (2, 27,
-    prob=0.5, fill=mean colour) is nearest to it.
+    fill: the colour (3 numbers, 0..255) of pixels from outside the image, None for black;
+    generator: None for torch's global stream. (2, 9) is torchvision's default. timm's "rand-m9" is
+    three times as strong and skips half: (2, 27, prob=0.5, fill=mean colour) is nearest to it.
 
     torchvision's class draws once per call, so that a batch would be all rotated or all solarized.
     Here the images that drew the same operation and sign are gathered, transformed by one call, and

@@ -83,7 +83,7 @@ def load_checkpoint(path: str) -> dict:
     written = checkpoint.get("format") if isinstance(checkpoint, dict) else None
     if written != FORMAT:
         known = isinstance(written, str) and written.startswith("vit-cifar10 checkpoint ")
-        what = "a checkpoint of another version of this program" if known else "not its checkpoint"
+        what = "of another version of this program" if known else "not a checkpoint of train.py"
         raise ValueError(f"{path} is {what}: expected {FORMAT!r}, found {written!r:.60}")
     try:
         build_model(checkpoint)

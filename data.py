@@ -37,7 +37,7 @@ CIFAR_STATISTICS = {  # mean, standard deviation of the training pixels, per cha
 
 @dataclass
 class Dataset:
-    """Labelled images in memory, in two parts that never meet."""
+    """Labelled images in memory, in two or three parts that never meet."""
 
     classes: list[str]  # K names; a label is an index into them
     train_images: Tensor  # (N, 3, H, W) uint8
@@ -231,7 +231,8 @@ def split(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
 def hold_out(dataset: Dataset, val_size: int, seed: int) -> tuple[tuple, tuple]:
     """(images, labels) to train on, and to validate on: the dataset's own, or split off.
 
-    The former are shuffled: a folder comes class by class, and the first 2,000 show train acc.
+    The training images come shuffled: a folder is read class by class, and train.py measures its
+    train accuracy on the first 2,000.
     """
     images, labels = dataset.train_images, dataset.train_labels
     if dataset.val_images is None:

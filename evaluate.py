@@ -337,7 +337,7 @@ def evaluate(
             only_test = split == "test"
             dataset = data.load(recipe["dataset"], data_dir, size, url, only_test=only_test)
         except FileNotFoundError as error:
-            raise ValueError(f"{error} (where else they lie, --data-dir says)") from None
+            raise ValueError(f"{error} (if they have moved: --data-dir)") from None
     if list(dataset.classes) != list(classes):
         known, found = ", ".join(classes), ", ".join(dataset.classes)
         raise ValueError(f"the checkpoint knows the classes {known}; the data have {found}")
@@ -345,7 +345,7 @@ def evaluate(
     if split == "val":  # the same images as in training, or none: others may have been trained on
         if dataset.fingerprint != checkpoint["fingerprint"]:
             raise ValueError(
-                "the training images have changed since: the validation images are lost among them"
+                "the training images have changed since: which were held out for validation is lost"
             )
         _, (images, labels) = data.hold_out(dataset, recipe["val_size"], recipe["seed"])
 

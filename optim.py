@@ -38,7 +38,7 @@ class State:
     scaler: torch.amp.GradScaler  # does nothing unless the dtype is float16
     dtype: torch.dtype
 
-    def best_model(self) -> VisionTransformer:
+    def eval_model(self) -> VisionTransformer:
         """What one predicts with: the average where there is one, else the model itself."""
         return self.ema or self.model
 
@@ -66,8 +66,8 @@ class State:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name; for "auto" float32 on a CPU, on CUDA the 16-bit type the GPU has.
 
-    bfloat16 needs no loss scaling, but what is older only emulates it. A GPU before Ampere computes
-    in float16 instead. A CPU without AVX-512 computes in float32: there PyTorch takes 40 to 500
+    bfloat16 needs no loss scaling, but GPUs before Ampere only emulate it: they compute in float16
+    instead. A CPU without AVX-512 computes in float32: there PyTorch takes 40 to 500
     times as long for a product in bfloat16 (pytorch/pytorch#146508).
     """
     if name in ("auto", "bfloat16") and device.type == "cuda":
@@ -111,8 +111,8 @@ def parameter_groups(model: VisionTransformer, weight_decay: float) -> list[dict
     """
     groups, rest = {}, []
     for name, parameter in model.named_parameters():
-        is_position = name in ("cls_token", "pos_embed") or name.endswith("bias_table")
-        if parameter.ndim < 2 or is_position:
+        is_embedding = name in ("cls_token", "pos_embed") or name.endswith("bias_table")
+        if parameter.ndim < 2 or is_embedding:
             rest.append(parameter)
         else:  # blocks.3.attn.qkv.weight joins the other blocks' attn.qkv.weight
             kind = re.sub(r"^blocks\.\d+\.", "blocks.", name)

@@ -6,8 +6,9 @@ The recipe: every knob with its reason, the presets, and the command line made f
 
 A knob is a field of TrainConfig (how to train) or ViTConfig (what to train). Its comment here is
 its line in --help, and the comment above a group is a heading there, so there is one text to keep
-true. What was typed wins over the preset, and the preset over the defaults. A resumed run keeps
-its saved recipe, and a flag that contradicts it is refused by name.
+true. What was typed wins over the preset, and the preset over the defaults, of which a few follow
+the size of the data. A resumed run keeps its saved recipe, and a flag that contradicts it is
+refused by name.
 """
 
 import argparse
@@ -51,8 +52,8 @@ class TrainConfig:
     deterministic: bool = False  # the same bits again on a GPU too, at some cost in speed
 
     # optimization
-    epochs: int = 300  # little data and strong augmentation need many passes
-    batch_size: int = 1024  # images per step, over all GPUs
+    epochs: int = 300  # passes over the training images; 100 where they are fewer than 10,000
+    batch_size: int = 1024  # images per step, over all GPUs; smaller where the images are few
     optimizer: str = "adamw"  # adamw, or muon: for the blocks' matrices, and adamw for the rest
     lr: float = 1e-3  # peak learning rate; scales with --batch-size unless it is given, too
     weight_decay: float = 0.05  # on matrices, not on biases, norms, class token and positions
@@ -121,7 +122,7 @@ PRESETS = {
         "dropout": 0.0,
         "drop_path": 0.1,
     },
-    # past the notebook's 90.9 % with a seventeenth of its operations, on two CPU cores
+    # past the notebook's 90.9 % with a seventeenth of its 252 epochs' operations, on two CPU cores
     "laptop": {
         "device": "cpu",
         "dtype": "bfloat16",
@@ -145,7 +146,7 @@ PRESETS = {
         "pool": "mean",
         "relative_position_bias": True,
     },
-    # everything at work in two minutes on two CPU cores
+    # everything at work in two to four minutes on two CPU cores
     "demo": {
         "dataset": "shapes",
         "device": "cpu",
@@ -275,10 +276,9 @@ def follow_data(values: dict, n: int, n_val: int = 0) -> dict:
         values["val_size"] = n_val or max(n // 10, min(n // 4, 20), 1)
     rest = n if n_val else n - values["val_size"]
     if "batch_size" not in values and rest > 0:
-        steps = max(1, rest // 32)
-        values["batch_size"] = min(
-            max(8, 2 ** (steps.bit_length() - 1)), TrainConfig.batch_size, rest
-        )
+        largest = max(1, rest // 32)
+        batch_size = max(8, 2 ** (largest.bit_length() - 1))
+        values["batch_size"] = min(batch_size, TrainConfig.batch_size, rest)
         values.setdefault("lr", scaled_lr({}, values["batch_size"]))
     if n < 10_000:
         values.setdefault("epochs", 100)
@@ -307,7 +307,7 @@ def refuse_hours(config: TrainConfig, vit_config: ViTConfig, device: str, n: int
         raise ValueError(
             f"no accelerator found. {config.epochs} epochs of {n:,} images are {work:.1e} "
             f"floating-point operations: minutes on a recent GPU, about {long} on a CPU at 100 "
-            f"GFLOP/s. See everything run in two minutes with --preset demo, train "
+            f"GFLOP/s. See everything run in a few minutes with --preset demo, train "
             f"three to nine hours with --preset laptop, or start it here all the same with "
             f"--device cpu"
         )

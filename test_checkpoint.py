@@ -329,9 +329,9 @@ DAMAGE = {  # what is done to a good checkpoint, given its path, and what is sai
         "not a checkpoint",
     ),
     "malicious": (saved({"format": checkpoint.FORMAT, "x": Payload("hacked")}), "not a checkpoint"),
-    "foreign": (saved({"state_dict": {}}), "not its checkpoint"),
-    "a list": (saved([1, 2]), "not its checkpoint"),
-    "a tensor as its format": (saved({"format": torch.ones(99)}), "not its checkpoint"),
+    "foreign": (saved({"state_dict": {}}), "not a checkpoint of train.py"),
+    "a list": (saved([1, 2]), "not a checkpoint of train.py"),
+    "a tensor as its format": (saved({"format": torch.ones(99)}), "not a checkpoint of train.py"),
     "the old format": (
         edited(lambda c: c.update(format="vit-cifar10 checkpoint 2")),
         "another version",

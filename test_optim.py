@@ -110,7 +110,7 @@ def test_a_state_loads_where_another_dtype_is_computed_with(there, here):
 def test_one_predicts_with_the_average_where_there_is_one():
     _, bare = small_state()
     _, averaged = small_state(ema_decay=0.9)
-    assert bare.best_model() is bare.model and averaged.best_model() is averaged.ema
+    assert bare.eval_model() is bare.model and averaged.eval_model() is averaged.ema
 
 
 # ---- What the machine can do ----

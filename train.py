@@ -92,7 +92,8 @@ def train_epoch(run: Run, epoch: int) -> dict:
     """
     config, state, began = run.config, run.state, time.perf_counter()
     steps, taken_before = len(run.train_set[0]) // config.batch_size, state.scheduler.last_epoch
-    # Dropout and drop path draw from the global stream (a CPU's reads 32 bits of its seed).
+    # Dropout and drop path draw from the global stream, a different one on every rank. (The ranks'
+    # seeds are a large odd number apart, as a CPU's generator reads only the last 32 bits.)
     torch.manual_seed(augment.epoch_seed(config.seed, epoch) + run.rank * 1_000_000_007)
 
     # one step on every batch; of several processes each makes the whole batch and takes its share
@@ -163,7 +164,7 @@ def validate_epoch(run: Run, row: dict):
         _, row["ema_accuracy"] = validate(run, state.ema, run.val_set)
         accuracy = row["ema_accuracy"]
     if run.best is None or accuracy > run.best["accuracy"]:
-        weights = copy.deepcopy(state.best_model().state_dict())
+        weights = copy.deepcopy(state.eval_model().state_dict())
         run.best = {"epoch": row["epoch"], "accuracy": accuracy, "model": weights}
 
 
