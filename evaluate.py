@@ -311,6 +311,11 @@ def plot_positions(path: str, model: VisionTransformer, title: str):
 # --- the program ----------------------------------------------------------------------------------
 
 
+def title_of(dataset: str, data_dir: str) -> str:
+    """What the plots call the data: a folder of pictures by its own name."""
+    return os.path.basename(os.path.abspath(data_dir)) if dataset == "folder" else dataset
+
+
 def evaluate(
     checkpoint: dict,
     out: str,
@@ -363,9 +368,7 @@ def evaluate(
     write_atomically(path, json.dumps(metrics, indent=1).encode())
 
     # the pictures
-    name = recipe["dataset"]
-    if name == "folder":
-        name = os.path.basename(os.path.abspath(data_dir))
+    name = title_of(recipe["dataset"], data_dir)
     title = f"{name}, {split} images"
     some = torch.linspace(0, len(images) - 1, 8).long().unique()  # from all over the set
     shown = (images[some], labels[some], classes, mean, std)

@@ -1126,10 +1126,12 @@ def test_the_curves_are_drawn_at_saves_and_at_most_once_a_minute(monkeypatch):
     """So that a long run can be watched: epochs of 25 s, drawn after 1, 4 and 7."""
     clock, drawn = Clock(monkeypatch), []
     clock.takes("train_epoch", 25)
-    monkeypatch.setattr(evaluate, "plot_curves", lambda _, rows, *__: drawn.append(len(rows)))
+    monkeypatch.setattr(evaluate, "title_of", lambda *source: source)
+    plot = lambda _, rows, title: drawn.append((len(rows), title))  # noqa: E731
+    monkeypatch.setattr(evaluate, "plot_curves", plot)
     monkeypatch.setattr(train, "finish", lambda run: None)
     assert run("--epochs", 8) == 0
-    assert drawn == [1, 4, 7]
+    assert drawn == [(n, ("shapes", "data")) for n in (1, 4, 7)]
 
 
 def test_a_picture_that_fails_does_not_cost_the_run(monkeypatch, capsys):

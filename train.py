@@ -309,7 +309,8 @@ def derive(run: Run, whole: dict):
     log.write_log(run.path("log.csv"), run.history)
     now = time.monotonic()
     if now - run.written.get("curves.png", -math.inf) > 60:
-        evaluate.draw(evaluate.plot_curves, run.path("curves.png"), run.history, run.config.dataset)
+        title = evaluate.title_of(run.config.dataset, run.config.data_dir)
+        evaluate.draw(evaluate.plot_curves, run.path("curves.png"), run.history, title)
         run.written["curves.png"] = now
 
 
