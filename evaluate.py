@@ -421,7 +421,8 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("checkpoint", help="a checkpoint, or the folder of a run, whose best.pt is meant")
+    what = "a checkpoint, or the folder of a run, whose best.pt is meant (default: out)"
+    add("checkpoint", nargs="?", default="out", help=what)
     add("--split", choices=("test", "val"), default="test", help="which images (default: test)")
     add("--images", nargs="+", metavar="PATH", help="classify these pictures and folders instead")
     add("--data-dir", help="where the dataset lies (default: as in training)")
@@ -432,7 +433,10 @@ def main(argv: list[str] | None = None) -> int:
     if os.path.isdir(path):
         path = os.path.join(path, "best.pt")
     folder = os.path.dirname(path) or "."
+    last = os.path.join(folder, "last.pt")
     try:
+        if not os.path.exists(path) and os.path.exists(last):  # no epoch has been validated yet
+            raise ValueError(f"no checkpoint at {path}; there is {last}")
         checkpoint = load_checkpoint(path)
         if args.images:
             paths = pictures.files_in(args.images)

@@ -733,6 +733,18 @@ def test_the_program_evaluates_the_test_split_from_the_checkpoint_alone(plain, m
     assert expected["epochs_trained"] == len(history) == 2
 
 
+def test_without_a_word_the_program_looks_where_train_py_writes(plain, capsys):
+    """And where no epoch has been validated yet, at what there is."""
+    shutil.copytree(plain, "out")
+    assert program("--device", "cpu") == 0
+    assert capsys.readouterr().out.startswith("out/best.pt, epoch 1, test images\n")
+    for name, told in (("best", "; there is out/last.pt"), ("last", "")):
+        os.remove(f"out/{name}.pt")
+        assert program("--device", "cpu") == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.endswith(f"no checkpoint at out/best.pt{told}")
+
+
 def test_a_look_at_the_last_weights_leaves_that_at_the_best_ones_alone(plain, monkeypatch):
     """Numbers and pictures lie beside those of the run's own result. (Only the curves, of the same
     log, are drawn again.)"""
@@ -836,7 +848,7 @@ def test_a_bad_picture_costs_its_line_and_not_the_rest(plain, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("", "the following arguments are required: checkpoint"),
+        ("", "no checkpoint at out"),
         ("best.pt --split train", "invalid choice: 'train'"),
         ("best.pt --batch-size 3", "unrecognized arguments: --batch-size 3"),
         ("best.pt --image a.png", "unrecognized arguments: --image a.png"),
