@@ -137,7 +137,7 @@ def attention_rollout(maps: Tensor) -> Tensor:
     return rollout
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# --- plots ----------------------------------------------------------------------------------------
 
 
 def draw(plot, path: str, *arguments):
@@ -367,21 +367,21 @@ def evaluate(
     path = os.path.join(out, f"metrics{suffix}.json")
     write_atomically(path, json.dumps(metrics, indent=1).encode())
 
-    # the pictures
+    # the plots
     name = title_of(recipe["dataset"], data_dir)
     title = f"{name}, {split} images"
     some = torch.linspace(0, len(images) - 1, 8).long().unique()  # from all over the set
     shown = (images[some], labels[some], classes, mean, std)
 
-    def picture(plot, file: str, *arguments):
+    def save(plot, file: str, *arguments):
         draw(plot, os.path.join(out, file), *arguments)
 
-    picture(plot_confusion_matrix, f"confusion_matrix{suffix}.png", metrics, title)
-    picture(plot_attention, f"attention{suffix}.png", model, *shown, title)
-    picture(plot_mistakes, f"mistakes{suffix}.png", images, labels, logits, classes, title)
-    picture(plot_positions, f"positions{which}.png", model, name)
+    save(plot_confusion_matrix, f"confusion_matrix{suffix}.png", metrics, title)
+    save(plot_attention, f"attention{suffix}.png", model, *shown, title)
+    save(plot_mistakes, f"mistakes{suffix}.png", images, labels, logits, classes, title)
+    save(plot_positions, f"positions{which}.png", model, name)
     if history:
-        picture(plot_curves, "curves.png", history, name)
+        save(plot_curves, "curves.png", history, name)
     return metrics
 
 
