@@ -1654,6 +1654,21 @@ def test_of_several_processes_the_one_that_fails_alone_says_so(error, monkeypatc
         assert line.startswith(told) and "rank" not in line.removeprefix(told)
 
 
+def test_of_several_processes_one_whose_disk_lacks_the_data_says_so(monkeypatch, capsys):
+    """It may stand in another machine."""
+
+    def prepare(*_):
+        raise ValueError("no folder pets")
+
+    monkeypatch.setattr(train, "prepare", prepare)
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, told in (("0", "error: no folder pets"), ("1", "error: rank 1: no folder pets")):
+        monkeypatch.setenv("RANK", rank)
+        assert run() == 2
+        assert capsys.readouterr().err == f"{told}\n"
+
+
 def test_of_several_processes_one_says_what_the_data_are(monkeypatch, capsys):
     """What pictures.py prints, every process would."""
 

@@ -431,8 +431,8 @@ def main(argv: list[str] | None = None) -> int:
                     checkpoint.check_out(out, resume=False)
         except BrokenPipeError:  # as in `| head`: see log.run_program
             raise
-        except (ValueError, OSError) as error:
-            fail(2, error)
+        except (ValueError, OSError) as error:  # what was typed is the same for all, a disk is not
+            fail(2, error, alone=rank > 0 and dist.is_initialized())
         train(run, began, argv)
         if world > 1:
             try:
