@@ -67,7 +67,9 @@ def load_checkpoint(path: str) -> dict:
     against its CRC, which torch.load does not do), foreign, or of another version.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        last = os.path.join(os.path.dirname(path), "last.pt")  # of a run without a validation yet
+        hint = f"; there is {last}" if os.path.exists(last) else ""
+        raise FileNotFoundError(f"no checkpoint at {path}{hint}")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -433,10 +433,7 @@ def main(argv: list[str] | None = None) -> int:
     if os.path.isdir(path):
         path = os.path.join(path, "best.pt")
     folder = os.path.dirname(path) or "."
-    last = os.path.join(folder, "last.pt")
     try:
-        if not os.path.exists(path) and os.path.exists(last):  # no epoch has been validated yet
-            raise ValueError(f"no checkpoint at {path}; there is {last}")
         checkpoint = load_checkpoint(path)
         if args.images:
             paths = pictures.files_in(args.images)

@@ -67,8 +67,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name; for "auto" float32 on a CPU, on CUDA the 16-bit type the GPU has.
 
     bfloat16 needs no loss scaling, but GPUs before Ampere only emulate it: they compute in float16
-    instead. A CPU without AVX-512 computes in float32: there PyTorch takes 40 to 500
-    times as long for a product in bfloat16 (pytorch/pytorch#146508).
+    instead. A CPU without AVX-512 computes in float32: there PyTorch takes 40 to 500 times as long
+    for a product in bfloat16 (pytorch/pytorch#146508).
     """
     if name in ("auto", "bfloat16") and device.type == "cuda":
         name = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
