@@ -342,11 +342,13 @@ def five_kinds(H, W, seed=0):
 
 
 @pytest.mark.parametrize("H, W", [(32, 32), (9, 13), (2, 5)])
-@pytest.mark.parametrize("fill", [None, (124.6, 10, 255)])
-def test_an_operation_equals_torchvisions_to_the_bit(H, W, fill):
+@pytest.mark.parametrize(
+    "fill, magnitudes", [(None, range(31)), ((124.6, 10, 255), range(0, 31, 5))]
+)
+def test_an_operation_equals_torchvisions_to_the_bit(H, W, fill, magnitudes):
     """All 14 operations, 31 magnitudes and both signs, on five kinds of images."""
     images = five_kinds(H, W)
-    for (name, sign), magnitude in itertools.product(VARIANTS, range(31)):
+    for (name, sign), magnitude in itertools.product(VARIANTS, magnitudes):
         out = augment.apply_operation(images, name, magnitude, sign, fill)
         expected = [by_torchvision(image, name, magnitude, sign, fill) for image in images]
         assert torch.equal(out, torch.stack(expected)), (name, magnitude, sign)

@@ -250,7 +250,7 @@ def test_a_checkpoint_rebuilds_the_model_without_any_flags(monkeypatch):
     monkeypatch.setattr(train, "finish", lambda run: (trained.append(run.state.model), real(run)))
     assert run(*flags.split()) == 0
     last = load_checkpoint("out/last.pt")
-    config = ViTConfig(8, 4, 3, 3, 8, 2, 4, 3.0, 0.2, pool="mean", relative_position_bias=True)
+    config = ViTConfig(8, 4, 3, 3, 8, 1, 4, 3.0, 0.2, pool="mean", relative_position_bias=True)
     model = build_model(last)
     assert model.config == config and not model.training
     assert (last["classes"], last["mean"], last["std"]) == (

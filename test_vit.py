@@ -1144,8 +1144,7 @@ def exported(model, images):
 
 # Tracing compares shapes as the model runs, which is what it warns about.
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("pool, bias", [("mean", False), ("cls", True)])
 @pytest.mark.parametrize("record", [traced, exported])
 def test_a_traced_or_exported_model_takes_any_batch_size(record, bias, pool):
     """Recorded with three images, it agrees on one and on five."""

@@ -107,10 +107,10 @@ def make_dataset(classes=("cat", "dog", "eel"), n=60, n_test=30, size=8, seed=0)
 
 
 DATASET = make_dataset()
-TINY = """--dataset shapes --device cpu --image-size 8 --patch-size 4 --dim 8 --depth 2 --heads 2
+TINY = """--dataset shapes --device cpu --image-size 8 --patch-size 4 --dim 8 --depth 1 --heads 2
     --epochs 2 --batch-size 8 --val-size 20 --lr 0.01 --dropout 0""".split()  # 5 steps an epoch
 # Everything that has a state or draws random numbers, at once.
-FULL = """--epochs 4 --dtype float16 --dropout 0.1 --attn-dropout 0.1 --drop-path 0.3
+FULL = """--epochs 4 --depth 2 --dtype float16 --dropout 0.1 --attn-dropout 0.1 --drop-path 0.3
     --ema-decay 0.9 --grad-clip 1 --label-smoothing 0.1 --mixup 0.8 --cutmix 1""".split()
 PLOTS = {name: f for name, f in vars(evaluate).items() if name.startswith("plot_")}
 WALL_CLOCK = ("images_per_second", "mfu", "seconds")  # what may differ between two equal runs
