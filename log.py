@@ -51,7 +51,7 @@ def shown(unused: tuple) -> list[tuple]:
 
 
 def header(unused: tuple) -> str:
-    """The titles of the columns, but for the names in `unused`."""
+    """The titles of the columns, without the names in `unused`."""
     return " ".join([*(f"{title:>{width}}" for _, title, width, _ in shown(unused)), "    left"])
 
 
@@ -192,9 +192,9 @@ class Stopped(BaseException):
 def listen_to_signals() -> dict:
     """Let these signals raise Stopped. Returns the handlers there were, {} outside the main thread.
 
-    One that is ignored stays so: a shell's script starts `train.py &` deaf to Ctrl-C. A second
-    signal within a second is the same wish (torchrun sends both); a later one counts, for the first
-    may have been swallowed, as in a __del__.
+    One that is ignored stays so: a shell's script starts `train.py &` with SIGINT ignored. A second
+    signal within a second is the same request (torchrun sends both); a later one counts, for the
+    first may have been swallowed, as in a __del__.
     """
     heard = -math.inf
 

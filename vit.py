@@ -46,7 +46,7 @@ class ViTConfig:
     dropout: float = 0.1  # after the embedding and after both layers of each MLP
     attn_dropout: float = 0.0  # on the attention weights
     drop_path: float = 0.0  # chance to skip a branch of the last block; rises linearly from 0
-    pool: str = "cls"  # what the head reads: "cls" (the class token) or "mean" (the average token)
+    pool: str = "cls"  # what the head reads: "cls" (the class token) or "mean" (of all tokens)
     relative_position_bias: bool = False  # add a learned number by head and displacement to scores
 
     def __post_init__(self):
@@ -92,8 +92,8 @@ class ViTConfig:
     def flops_per_image(self) -> int:
         """Floating-point operations of one forward pass of one image, a multiply-add counted as 2.
 
-        Matrix products only: norms, softmax and GELU are below 1 %. A training step costs three
-        times this (forward, gradient by inputs, gradient by weights).
+        Matrix products only: norms, softmax and GELU add a few percent at most. A training step
+        costs three times this (forward, gradient by inputs, gradient by weights).
         """
         N, D = self.num_tokens, self.dim
         patches = self.num_patches * self.in_channels * self.patch_size**2 * D
@@ -137,9 +137,9 @@ def attention(
     """Scaled dot-product attention: softmax(q k^T / sqrt(d) + bias) v (Vaswani 2017, eq. 1).
 
     q, k, v: (..., N, d). bias: (..., N, N). Returns the output (..., N, d) and the weights
-    (..., N, N): row i says how much token i reads from each token, and sums to 1. Dropout silences
-    single weights on their way to v. The scale keeps the scores' variance at 1 whatever the width d
-    of a head.
+    (..., N, N): row i says how much token i reads from each token, and sums to 1. Dropout zeroes
+    single weights before they multiply v, but not in those returned. The scale keeps the scores'
+    variance at 1 whatever the width d of a head.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (..., N, N)
     if bias is not None:
@@ -153,8 +153,9 @@ def start_like_convolution(side: int, heads: int) -> Tensor:
 
     Every head prefers one displacement, the nearest first: here, above, left, right, below, the
     four corners, and so on. The others get minus their squared distance to it, but at least -4.
-    Nine heads then read what a 3x3 convolution reads, by the quadratic form of Cordonnier 2020, and
-    are free to unlearn it (as in ConViT, d'Ascoli 2021).
+    Nine heads then look where a 3x3 convolution looks, by the quadratic form of Cordonnier 2020,
+    but softly: on 8x8 patches a quarter of the weight is on the displacement preferred, and half on
+    the eight around it. They are free to unlearn it (as in ConViT, d'Ascoli 2021).
     """
     steps = torch.arange(1 - side, side)
     displacements = torch.cartesian_prod(steps, steps)  # ((2 S - 1)^2, 2): rows down, columns right
@@ -301,8 +302,9 @@ class VisionTransformer(nn.Module):
         """All initialisation, in one place.
 
         Biases 0, LayerNorm gains 1, relative positions like a convolution, the rest normal with
-        standard deviation 0.02. That is DeiT's choice. (It calls it truncated, but at +-2 = 100
-        standard deviations nothing is cut.)
+        standard deviation 0.02. DeiT does the same, but leaves the patch projection at PyTorch's
+        default (0.083 here). (It calls the normal truncated, but at +-2 = 100 standard deviations
+        nothing is cut.)
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
