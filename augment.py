@@ -117,7 +117,7 @@ def random_flip(images: Tensor, generator: Generator) -> Tensor:
 # --- RandAugment ----------------------------------------------------------------------------------
 
 # RandAugment (Cubuk 2020): each image draws num_ops of these 14 operations, and for the signed ones
-# a sign. The kernels are torchvision's own, but for sharpen, which equals its.
+# a sign. The kernels are torchvision's own, except sharpen, which gives the same bits.
 OPERATIONS = {  # name: (kernel(tv, image, strength), strength at magnitude 0 and at 30, signed)
     "Identity": (lambda tv, x, m: x, None, False),
     "ShearX": (lambda tv, x, m: shear(tv, x, m, 0.0), lambda H, W: (0, 0.3), True),
@@ -281,8 +281,8 @@ def mixup(
     a batch. The neighbour is the previous image of the batch: batches are shuffled, so it is a
     random one.
     """
-    share = draw_lambda(alpha, generator)
-    return tuple(share * x + (1 - share) * x.roll(1, 0) for x in (images, targets))
+    lam = draw_lambda(alpha, generator)
+    return tuple(lam * x + (1 - lam) * x.roll(1, 0) for x in (images, targets))
 
 
 def cutmix(
@@ -365,7 +365,7 @@ def main(argv: list[str] | None = None):
     """Draw images through every augmentation, each with several draws, into one picture."""
     import argparse
 
-    os.environ["MPLBACKEND"] = "agg"  # no window; a notebook's may be of a package that is not here
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may be of a package that is not here
     from matplotlib.figure import Figure
 
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
@@ -406,8 +406,8 @@ def main(argv: list[str] | None = None):
     while abs(draw_lambda(1.0, torch.Generator().manual_seed(seed)) - 0.6) > 0.02:
         seed += 1
     for mix in (mixup, cutmix):
-        only_first = torch.eye(columns)
-        mixed, targets = mix(some.float(), only_first, 1.0, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        mixed, targets = mix(some.float(), torch.eye(columns), 1.0, generator)  # a class an image
         rows[f"{mix.__name__}, {targets[0, 0]:.0%} and {targets[0, -1]:.0%}"] = mixed.byte()
 
     # two blocks of rows, side by side

@@ -136,7 +136,7 @@ def check_out(out: str, resume: bool) -> dict | None:
 
 
 def lock(out: str) -> int | None:
-    """Keep the folder from other processes that ask: a file descriptor, to be closed at the end.
+    """Take an advisory lock on the folder. Returns a file descriptor, to be closed at the end.
 
     The system closes it, too, when the process dies. None where it knows no such locks (Windows,
     some network drives). ValueError where another process has it.
@@ -201,10 +201,9 @@ def versions(device: torch.device) -> dict:
 
     # Copied into another repository, this file is below its top, or not kept in it.
     is_own = git("ls-files", "--full-name", "checkpoint.py") == "checkpoint.py"
-    commit = git("describe", "--always", "--dirty", "--abbrev=12") if is_own else "unknown"
     name = f"{device.type} ({platform.machine()})"
     return {
-        "commit": commit or "unknown",
+        "commit": git("describe", "--always", "--dirty", "--abbrev=12") if is_own else "unknown",
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a str subclass that weights_only=True refuses
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,

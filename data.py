@@ -37,7 +37,7 @@ CIFAR_STATISTICS = {  # mean, standard deviation of the training pixels, per cha
 
 @dataclass
 class Dataset:
-    """Labelled images in memory, in two or three parts that never meet."""
+    """Labelled images in memory, in two or three disjoint parts."""
 
     classes: list[str]  # K names; a label is an index into them
     train_images: Tensor  # (N, 3, H, W) uint8
@@ -210,10 +210,10 @@ def split(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
     n, sizes = len(labels), labels.bincount()
     limit = min(n - 1, n - int((sizes > 1).sum()))
     if not 1 <= val_size <= limit:
-        limits = (
-            f"between 1 and {limit} for {n} training images of {int((sizes > 0).sum())} classes"
+        raise ValueError(
+            f"val_size must be between 1 and {limit} for {n} training images of "
+            f"{int((sizes > 0).sum())} classes, got {val_size}"
         )
-        raise ValueError(f"val_size must be {limits}, got {val_size}")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     # The j-th image of a class of m stands at (j + 1/2) / m: the first val_size images in the order
     # of their places hold every class at its share.

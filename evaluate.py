@@ -78,9 +78,8 @@ def measure(logits: Tensor, labels: Tensor, classes: list[str]) -> dict:
     images of class i that were taken for class j. ece is the expected calibration error (Guo 2017):
     the mean distance between confidence and accuracy, over 15 equal bins of confidence.
     """
-    K, labels = len(classes), labels.cpu()
-    probabilities = logits.cpu().double().softmax(1)
-    confidence, predicted = probabilities.max(1)
+    K, logits, labels = len(classes), logits.cpu().double(), labels.cpu()
+    confidence, predicted = logits.softmax(1).max(1)
     correct = (predicted == labels).double()
     confusion = torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)
     hits = confusion.diagonal().double()
@@ -89,7 +88,7 @@ def measure(logits: Tensor, labels: Tensor, classes: list[str]) -> dict:
     gaps = torch.zeros(15, dtype=torch.double).index_add(0, bins, confidence - correct)
     return {
         "accuracy": correct.mean().item(),
-        "loss": F.cross_entropy(logits.cpu().double(), labels).item(),
+        "loss": F.cross_entropy(logits, labels).item(),
         "ece": (gaps.abs().sum() / len(labels)).item(),
         "images": len(labels),
         "classes": list(classes),
@@ -127,9 +126,8 @@ def describe(metrics: dict) -> str:
 def attention_rollout(maps: Tensor) -> Tensor:
     """What each final token is made of, through all blocks: (depth, B, h, N, N) -> (B, N, N).
 
-    Attention rollout (Abnar & Zuidema 2020): heads are averaged, half of each block's flow is the
-    residual connection, and blocks multiply. Row i says what final token i is made of, and sums to
-    1.
+    Attention rollout (Abnar & Zuidema 2020): heads are averaged, half of each block's flow is taken
+    to be the residual connection, and blocks multiply; values and MLPs are ignored. Rows sum to 1.
     """
     rollout = identity = torch.eye(maps.shape[-1], device=maps.device, dtype=maps.dtype)
     for attention in maps.mean(dim=2):  # (B, N, N), first block first
@@ -208,17 +206,17 @@ def plot_curves(path: str, history: list[dict], title: str):
     """Loss, accuracy and learning rate by epoch."""
     figure, [axes] = new_figure(1, 3, figsize=(13, 4))
 
-    def draw(axis, key, label, scale=1.0):
+    def curve(axis, key, label, scale=1.0):
         points = [(row["epoch"], scale * row[key]) for row in history if row.get(key) is not None]
         if points:
             axis.plot(*zip(*points), label=label, marker="." if len(points) < 30 else None)
 
-    draw(axes[0], "train_loss", "training batches, as augmented")
-    draw(axes[0], "val_loss", "validation")
-    draw(axes[1], "train_accuracy", "training images, clean", 100)
-    draw(axes[1], "val_accuracy", "validation", 100)
-    draw(axes[1], "ema_accuracy", "validation, averaged weights", 100)
-    draw(axes[2], "lr", "at the end of the epoch")
+    curve(axes[0], "train_loss", "training batches, as augmented")
+    curve(axes[0], "val_loss", "validation")
+    curve(axes[1], "train_accuracy", "training images, clean", 100)
+    curve(axes[1], "val_accuracy", "validation", 100)
+    curve(axes[1], "ema_accuracy", "validation, averaged weights", 100)
+    curve(axes[2], "lr", "at the end of the epoch")
     for axis, name in zip(axes, ("cross-entropy loss", "accuracy (%)", "learning rate")):
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -233,9 +231,9 @@ def plot_curves(path: str, history: list[dict], title: str):
 def plot_attention(
     path: str, model, images: Tensor, labels: Tensor, classes: list, mean: tuple, std: tuple, title
 ):
-    """Where the answer comes from: rollout over up to eight uint8 images (B, 3, H, W).
+    """Attention rollout over up to eight uint8 images (B, 3, H, W).
 
-    In each picture from its least to its most: the shares themselves differ by a few percent.
+    Each map is stretched to its own range: the shares themselves differ by a few percent.
     """
     images, labels, heats, titles = images[:8].cpu(), labels[:8].tolist(), [], []
     device = next(model.parameters()).device
@@ -263,7 +261,7 @@ def plot_attention(
         column[1].axis("off")
     bar = figure.colorbar(overlay, ax=axes[1], ticks=[0, 1], shrink=0.8)
     bar.ax.set_yticklabels(["least", "most"])
-    figure.suptitle(f"{title}: attention rollout, where the answer comes from")
+    figure.suptitle(f"{title}: attention rollout")
     figure.savefig(path, dpi=110)
 
 
@@ -450,9 +448,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"warning: no curves: {error}", file=sys.stderr)
         out = args.out or folder
         evaluate(checkpoint, out, args.split, args.data_dir, args.device, history=history)
+    except BrokenPipeError:  # as in `| head`: see log.run_program
+        raise
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise
         parser.error(" ".join(str(error).split()))
     print(f"wrote metrics and pictures into {out}/")
     return 0

@@ -11,6 +11,7 @@ Axes:  B batch   C channels   H, W image height and width   K classes
 
 import copy
 import importlib.util
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -37,10 +38,6 @@ class State:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler  # does nothing unless the dtype is float16
     dtype: torch.dtype
-
-    def eval_model(self) -> VisionTransformer:
-        """What one predicts with: the average where there is one, else the model itself."""
-        return self.ema or self.model
 
     def state_dict(self) -> dict:
         """Everything the next step depends on, as plain data that loads with weights_only=True."""
@@ -85,7 +82,7 @@ def can_compile(device: torch.device) -> bool:
 
 
 def compiler_fault(device: torch.device) -> str | None:
-    """What torch.compile says of this machine when it fails at a trifle, in one line; else None."""
+    """What torch.compile says of this machine when it fails on a trivial function, in one line; else None."""
     try:
         torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, one that fails, no Triton: types of many modules
@@ -194,10 +191,8 @@ def train_step(
     state.optimizer.zero_grad()
     state.scaler.scale(loss).backward()
     state.scaler.unscale_(state.optimizer)
-    moved = [p for p in state.model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in moved])
-    if config.grad_clip:
-        nn.utils.clip_grads_with_norm_(moved, config.grad_clip, norm)
+    largest = config.grad_clip or math.inf  # inf: only measured
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), largest)
 
     # the step, unless float16 overflowed: asking is the one moment that waits for the GPU
     if not state.scaler.is_enabled() or norm.isfinite():

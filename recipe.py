@@ -173,15 +173,7 @@ PRESETS = {
 SESSION = ("out", "resume", "max_minutes")
 # In the checkpoint, but --resume may be given another: where things are, and what may rescue a run
 # that diverged.
-MAY_CHANGE = (
-    "data_dir",
-    "download_url",
-    "save_every",
-    "device",
-    "compile",
-    "lr",
-    "grad_clip",
-)
+MAY_CHANGE = ("data_dir", "download_url", "save_every", "device", "compile", "lr", "grad_clip")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -253,7 +245,7 @@ def resolve(preset: dict, flags: dict, saved: dict | None) -> dict:
 def scaled_lr(preset: dict, batch_size: int) -> float:
     """The preset's rate for another batch size: in proportion to it (DeiT, section 6).
 
-    Not below 3e-4, with which a handful of pictures would hardly move the weights.
+    Not below 3e-4: at less, the few steps of a handful of pictures would hardly move the weights.
     """
     usual = {"lr": TrainConfig.lr, "batch_size": TrainConfig.batch_size, **preset}
     return max(usual["lr"] * batch_size / usual["batch_size"], min(usual["lr"], 3e-4))

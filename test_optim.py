@@ -107,12 +107,6 @@ def test_a_state_loads_where_another_dtype_is_computed_with(there, here):
     assert state.scheduler.last_epoch == 1
 
 
-def test_one_predicts_with_the_average_where_there_is_one():
-    _, bare = small_state()
-    _, averaged = small_state(ema_decay=0.9)
-    assert bare.eval_model() is bare.model and averaged.eval_model() is averaged.ema
-
-
 # ---- What the machine can do ----
 
 

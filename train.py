@@ -86,7 +86,7 @@ class Diverged(Exception):
 
 
 def train_epoch(run: Run, epoch: int) -> dict:
-    """All steps of an epoch. Returns its row of the log, but for the validation's columns.
+    """All steps of an epoch. Returns its row of the log, without the validation columns.
 
     Raises Diverged if a loss, a gradient or, in the end, a weight is not finite.
     """
@@ -111,7 +111,7 @@ def train_epoch(run: Run, epoch: int) -> dict:
         lr = state.optimizer.param_groups[0]["lr"]
         results.append(torch.stack(optim.train_step(state, images[mine], targets[mine], config)))
 
-    # the losses, read once an epoch: here the CPU waits for the GPU, at last
+    # the losses, read once an epoch: reading makes the CPU wait for the GPU
     weight_norm = torch.nn.utils.get_total_norm(list(state.model.parameters()))
     results = torch.stack(results)  # (steps, 2): loss and gradient norm
     if run.world > 1:
@@ -133,7 +133,7 @@ def train_epoch(run: Run, epoch: int) -> dict:
     images_per_second = steps * config.batch_size / seconds
     return dict.fromkeys(log.NAMES) | {
         "epoch": epoch,
-        "lr": float(lr),
+        "lr": lr,
         "train_loss": losses.mean().item(),
         "grad_norm": norms[norms.isfinite()].mean().item() if taken else 0.0,
         "skipped_steps": steps - taken,
@@ -164,7 +164,7 @@ def validate_epoch(run: Run, row: dict):
         _, row["ema_accuracy"] = validate(run, state.ema, run.val_set)
         accuracy = row["ema_accuracy"]
     if run.best is None or accuracy > run.best["accuracy"]:
-        weights = copy.deepcopy(state.eval_model().state_dict())
+        weights = copy.deepcopy((state.ema or state.model).state_dict())
         run.best = {"epoch": row["epoch"], "accuracy": accuracy, "model": weights}
 
 
@@ -443,7 +443,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except log.Stopped as stopped:
         for number in old_handlers:
-            signal.signal(number, signal.SIG_IGN)  # until the farewell is said
+            signal.signal(number, signal.SIG_IGN)  # no second one may cut off these two lines
         [number] = stopped.args
         if rank == 0:
             log.say(f"stopped by {signal.Signals(number).name}: {checkpoint.saved_in(out)}")
