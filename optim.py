@@ -82,7 +82,7 @@ def can_compile(device: torch.device) -> bool:
 
 
 def compiler_fault(device: torch.device) -> str | None:
-    """What torch.compile says of this machine when it fails on a trivial function, in one line; else None."""
+    """What torch.compile says when it fails on a trivial function here, in one line; else None."""
     try:
         torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:  # no C++ compiler, one that fails, no Triton: types of many modules
