@@ -13,6 +13,7 @@ Axes:  N images   S image side
 import hashlib
 import itertools
 import os
+import re
 import sys
 import unicodedata
 import zlib
@@ -28,6 +29,9 @@ from torch import Tensor
 # PIL is imported where it is used: it is slow to import, and --help need not wait.
 
 VAL_NAMES = ("val", "valid", "validation")
+LIKE_A_PART = re.compile(  # training_set, seg_train, test1, val2017
+    r"(.*[-_ ])?(train(ing)?|test(ing)?|val(id(ation)?)?|pred)([-_ ]?(set|data|images|\d+))?"
+)
 MACHINE_MADE = (
     *("@eaDir", "#recycle", "__MACOSX", "Thumbs.db", "desktop.ini"),
     *("$RECYCLE.BIN", "System Volume Information", "lost+found"),  # of a disk's root
@@ -61,6 +65,12 @@ def load_folder(data_dir: str, image_size: int, only_test: bool = False) -> tupl
                 f"{data_dir}: {' and '.join(names)} look like parts, as all of them hold "
                 f"{', '.join(first)}; {EXPECTED}"
             )
+    strange = [name for name in folders if name not in parts and LIKE_A_PART.fullmatch(name)]
+    is_layout = "test" not in parts and (parts or len(strange) == len(folders) > 1)
+    if strange and is_layout:  # as in many archives of Kaggle, and in COCO
+        raise ValueError(
+            f"{data_dir}: {' and '.join(strange)} look like parts, and not like classes; {EXPECTED}"
+        )
     vals = [name for name in VAL_NAMES if name in parts]
     if len(vals) > 1:
         raise ValueError(f"{data_dir} has {' and '.join(vals)}: keep one of them")
