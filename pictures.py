@@ -221,8 +221,9 @@ def set_aside(images: dict, data_dir: str) -> tuple[dict, dict]:
     the test stay there, but for a few at the border (of 200, about 5 when 1,000 become 2,000).
     """
 
-    def draw(path):
-        return hashlib.sha256(os.fsencode(os.path.relpath(path, data_dir))).digest()
+    def draw(path):  # the same on Windows, and on macOS, where an accent may be two characters
+        name = unicodedata.normalize("NFC", os.path.relpath(path, data_dir)).replace(os.sep, "/")
+        return hashlib.sha256(os.fsencode(name)).digest()
 
     rest, test = {}, {}
     for name, paths in images.items():

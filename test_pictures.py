@@ -114,6 +114,22 @@ def test_what_is_set_aside_stays_so_when_pictures_are_added(tmp_path):
     assert (bag(before.test_images) - bag(after.test_images)).total() <= 2
 
 
+def test_the_same_pictures_are_set_aside_on_every_system(monkeypatch):
+    """Else those that one system trained on would be in the test of another. Windows has another
+    separator, and macOS may give an accent as two characters."""
+    names = [f"/{i}.png" for i in range(50)]
+    drawn = pictures.set_aside({c: [f"ä{c}{name}" for name in names] for c in "ab"}, ".")[1]
+    for separator, umlaut in (("/", "a\u0308"), ("\\", "ä"), ("\\", "a\u0308")):
+        images = {c: [f"{umlaut}{c}{name}".replace("/", separator) for name in names] for c in "ab"}
+        monkeypatch.setattr(pictures.os, "sep", separator)
+        monkeypatch.setattr(pictures.os.path, "relpath", lambda path, _: path)
+        here = pictures.set_aside(images, ".")[1]
+        back = {
+            c: [p.replace(separator, "/").replace("a\u0308", "ä") for p in here[c]] for c in "ab"
+        }
+        assert {c: sorted(back[c]) for c in back} == {c: sorted(drawn[c]) for c in drawn}
+
+
 def test_one_picture_a_class_is_too_few_to_set_any_aside(tmp_path):
     make_part(tmp_path, {"cat": 1, "dog": 1})
     assert "one picture a class" in refused(tmp_path)
