@@ -269,17 +269,19 @@ def decode(paths: list[str], data_dir: str, image_size: int, is_all: bool) -> Te
         except (ValueError, OSError) as error:
             return error
 
-    pool = ThreadPoolExecutor(os.cpu_count())  # Pillow decodes without Python's lock
+    # Pillow decodes without Python's lock. Of a shared machine's cores, those that are ours.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pool = ThreadPoolExecutor(min(cores, 16))  # each holds a picture at its full size
     bar = {"unit": " images", "disable": True if sys.stderr is None else None}  # None: no terminal
     try:
-        errors = tqdm(pool.map(attempt, missing.values(), places), total=len(missing), **bar)
-        errors = [error for error in errors if error]
+        errors = list(tqdm(pool.map(attempt, missing.values(), places), total=len(missing), **bar))
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C: what has not begun is left
-    if unreadable := [str(error) for error in errors if isinstance(error, ValueError)]:
-        more = f"; and {len(unreadable) - 3:,} more" if len(unreadable) > 3 else ""
-        raise ValueError("; ".join(unreadable[:3]) + more)
-    if errors:  # a read-only folder, a full disk: the next run is slower
+    tried = [paths[i] for i in missing.values()]
+    bad = {path: str(e) for path, e in zip(tried, errors) if isinstance(e, ValueError)}
+    if bad:  # three with the reason, the others by name
+        raise ValueError("; ".join([*list(bad.values())[:3], *list(bad)[3:]]))
+    if errors := [error for error in errors if error]:  # a full disk: the next run is slower
         print(f"warning: the decoded images cannot be kept: {errors[0]}", file=sys.stderr)
     return images
 
