@@ -11,6 +11,7 @@ Plain data only, so reading one never runs code that hides in a file.
 import io
 import os
 import platform
+import re
 import subprocess
 import zipfile
 
@@ -174,10 +175,8 @@ def pick_device(name: str) -> torch.device:
     """
     # Unchecked, a torch built for CUDA would name it on a machine without a GPU, too.
     found = torch.accelerator.current_accelerator(check_available=True)
-    if name == "auto":
-        return found or torch.device("cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(name) if name != "auto" else found or torch.device("cpu")
     except RuntimeError:
         raise ValueError(f'unknown device "{name}": expected auto, cpu, cuda or mps') from None
     absent = f'device "{name}" is not available here; there'
@@ -185,7 +184,24 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"{absent} is {found.type if found else 'only cpu'}")
     if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
         raise ValueError(f"{absent} are {torch.accelerator.device_count()}")
+    if device.type == "cuda":
+        refuse_old_gpu(device)
     return device
+
+
+def refuse_old_gpu(device: torch.device):
+    """ValueError for a GPU that this PyTorch has no code for: its first call would fail."""
+    names = [re.match(r"(sm|compute)_(\d+)", name) for name in torch.cuda.get_arch_list()]
+    known = [int(name[2]) for name in names if name]  # 75 is capability 7.5
+    if not known:  # AMD's have other names
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor < min(known):
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) is too old for this PyTorch "
+            f"(sm_{min(known)} or newer): install another build, such as pip install torch "
+            f"torchvision --index-url https://download.pytorch.org/whl/cu126, or use --device cpu"
+        )
 
 
 def versions(device: torch.device) -> dict:

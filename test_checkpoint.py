@@ -581,6 +581,23 @@ def test_a_device_that_is_not_there_is_refused_with_what_there_is(there, name, t
     assert refusal(checkpoint.pick_device, name) == text
 
 
+def test_a_gpu_that_this_pytorch_has_no_code_for_is_refused(monkeypatch):
+    """Kaggle's P100 is a 6.0, wheels begin at 7.5: its first call would end in a traceback."""
+    pretend(monkeypatch, "cuda")
+    capability = {"cuda": (6, 0), "cuda:0": (6, 0), "cuda:1": (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_100a", "compute_120"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "P100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability[str(d)])
+    for name in ("auto", "cuda", "cuda:0"):
+        text = refusal(checkpoint.pick_device, name)
+        assert text.startswith("P100 (sm_60) is too old for this PyTorch (sm_75 or newer): ")
+    assert checkpoint.pick_device("cuda:1") == torch.device("cuda:1")
+    assert checkpoint.pick_device("cpu") == torch.device("cpu")
+    for others in (["sm_75", "compute_60"], ["gfx90a"]):  # compiled at the start; AMD
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda others=others: others)
+        assert checkpoint.pick_device("auto") == torch.device("cuda")
+
+
 def git(*words, folder="."):
     names = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "init.defaultBranch=main"]
     done = subprocess.run(["git", "-C", folder, *names, *words], capture_output=True, text=True)

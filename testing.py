@@ -236,6 +236,7 @@ def pretend(monkeypatch, accelerator):
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
 
 
 def small_state(seed=0, steps=20, pool="cls", **knobs):
