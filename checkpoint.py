@@ -210,7 +210,7 @@ def versions(device: torch.device) -> dict:
     def git(*words: str) -> str:
         command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), *words]
         try:
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         except OSError:
             return "unknown"
         return done.stdout.strip() if done.returncode == 0 else "unknown"

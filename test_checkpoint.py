@@ -658,6 +658,14 @@ def test_files_that_were_copied_into_another_repository_are_of_no_commit_of_it(m
     assert commit_in("other/below", monkeypatch) == "unknown"
 
 
+def test_what_git_says_in_another_encoding_is_no_reason_to_stop(monkeypatch):
+    """Of a folder called caf\\xe9, say, that belongs to somebody else."""
+    Path("git").write_text("#!/bin/sh\nprintf 'dubious ownership in caf\\351' >&2; exit 128\n")
+    os.chmod("git", 0o700)
+    monkeypatch.setenv("PATH", os.getcwd(), prepend=os.pathsep)
+    assert commit_in(HERE, monkeypatch) == "unknown"
+
+
 def test_without_git_or_a_repository_the_commit_is_unknown(monkeypatch):
     copy_files("alone")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", os.getcwd())
