@@ -1130,6 +1130,22 @@ def test_on_a_gpu_ten_seconds_lie_between_two_saves_and_the_last_epoch_is_saved_
     assert difference(outcome("gpu/last.pt"), outcome("cpu/last.pt")) is None
 
 
+def test_a_log_that_a_spreadsheet_holds_open_costs_a_warning(monkeypatch, capsys):
+    """On Windows it cannot be replaced then. It is derived: the next save writes all of it."""
+    held, replace_file = ["out/log.csv"], os.replace
+
+    def refuse(source, target):
+        if target in held:
+            raise PermissionError(13, "Permission denied", source, None, held.pop())
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert run() == 0
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and "'out/log.csv'" in line
+    assert [row["epoch"] for row in read_csv()] == ["1", "2"]
+
+
 def test_the_curves_are_drawn_at_saves_and_at_most_once_a_minute(monkeypatch):
     """So that a long run can be watched: epochs of 25 s, drawn after 1, 4 and 7."""
     clock, drawn = Clock(monkeypatch), []

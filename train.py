@@ -306,7 +306,10 @@ def derive(run: Run, whole: dict):
     if run.best and run.written.get("best.pt") != run.best["epoch"]:
         checkpoint.save_checkpoint(checkpoint.best_of(whole), run.path("best.pt"))
         run.written["best.pt"] = run.best["epoch"]
-    log.write_log(run.path("log.csv"), run.history)
+    try:
+        log.write_log(run.path("log.csv"), run.history)
+    except PermissionError as error:  # Windows, while a spreadsheet shows it
+        print(f"warning: {error}", file=sys.stderr)
     now = time.monotonic()
     if now - run.written.get("curves.png", -math.inf) > 60:
         title = evaluate.title_of(run.config.dataset, run.config.data_dir)
