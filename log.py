@@ -157,7 +157,7 @@ def program(name: str) -> str:
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
     try:
         return min(path, os.path.relpath(path), key=len)
-    except OSError:  # that folder has been removed
+    except (OSError, ValueError):  # that folder has been removed; on Windows, on another drive
         return path
 
 

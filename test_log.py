@@ -347,6 +347,14 @@ def test_a_hint_is_given_from_a_folder_that_is_gone_too(monkeypatch, here):
     assert log.program("train.py") == str(HERE / "train.py")
 
 
+def test_a_hint_is_given_from_another_drive_of_windows_too(monkeypatch):
+    def relpath(path):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(os.path, "relpath", relpath)
+    assert log.program("train.py") == str(HERE / "train.py")
+
+
 def test_a_terminal_that_goes_away_is_no_reason_to_stop(monkeypatch):
     """As of a run that was started with nohup; but a reader that has had enough is one."""
     terminal, stream = os.openpty()
