@@ -466,7 +466,7 @@ def main(argv: list[str] | None = None) -> int:
         about_memory = re.search(told, str(error).lower())
         if not (about_memory or isinstance(error, MemoryError)):
             raise
-        hint = "a smaller --batch-size, --image-size or network needs less"
+        hint = "a smaller --batch-size, --image-size or network (in a new --out) needs less"
         fail(2, f"out of memory: {hint}. {checkpoint.saved_in(out)}", alone=True)
     finally:
         if lock_file is not None:
