@@ -58,12 +58,14 @@ def compute_logits(
     return torch.cat(logits)
 
 
-def predict(checkpoint: dict, images: Tensor | list[str], device: str = "auto") -> Tensor:
-    """Probabilities, float32 (B, K), of uint8 images (B, 3, H, W) or of picture files.
+def predict(checkpoint: dict, images: Tensor | list[str] | str, device: str = "auto") -> Tensor:
+    """Probabilities, float32 (B, K), of uint8 images (B, 3, H, W) or of picture files, or of one.
 
     checkpoint: of load_checkpoint; checkpoint["classes"] names the K columns. ValueError, with the
     path, for a file that is not a whole picture.
     """
+    if isinstance(images, str | os.PathLike):
+        images = [images]
     if not isinstance(images, Tensor):
         size = checkpoint["vit"]["image_size"]
         images = torch.stack([pictures.open_image(path, size) for path in images])

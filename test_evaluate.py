@@ -194,6 +194,8 @@ def test_predict_gives_the_probabilities_of_paths_and_of_pixels(plain):
     expected = torch.tensor([[e / sum(row) for e in row] for row in expected])
     close(of_paths, expected, 1e-6)
     assert torch.equal(of_paths, of_pixels) and of_paths.shape == (2, 3)
+    for one in ("0.png", Path("0.png")):
+        close(evaluate.predict(best, one), of_paths[:1], 1e-6)
 
 
 def test_predict_names_the_file_that_is_no_picture(plain):
