@@ -69,7 +69,7 @@ def load_folder(data_dir: str, image_size: int, only_test: bool = False) -> tupl
     is_layout = "test" not in parts and (parts or len(strange) == len(folders) > 1)
     if strange and is_layout:  # as in many archives of Kaggle, and in COCO
         raise ValueError(
-            f"{data_dir}: {' and '.join(strange)} look like parts, and not like classes; {EXPECTED}"
+            f"{data_dir}: {', '.join(strange)}: by the name a part and not a class; {EXPECTED}"
         )
     vals = [name for name in VAL_NAMES if name in parts]
     if len(vals) > 1:

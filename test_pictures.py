@@ -256,10 +256,10 @@ def test_parts_by_other_names_are_not_taken_for_classes(names, tmp_path):
 @pytest.mark.parametrize(
     "files, strange",
     [
-        (("train/cat.0", "train/dog.0", "test1/1"), "test1 and train"),  # Kaggle: dogs-vs-cats
-        (("seg_train/seg_train/sea", "seg_test/seg_test/sea"), "seg_test and seg_train"),
-        (("training_set/training_set/cats", "test_set/test_set/cats"), "test_set and training_set"),
-        (("train2017/1", "val2017/1"), "train2017 and val2017"),  # COCO
+        (("train/cat.0", "train/dog.0", "test1/1"), "test1, train"),  # Kaggle: dogs-vs-cats
+        (("seg_train/seg_train/sea", "seg_test/seg_test/sea"), "seg_test, seg_train"),
+        (("training_set/training_set/cats", "test_set/test_set/cats"), "test_set, training_set"),
+        (("train2017/1", "val2017/1"), "train2017, val2017"),  # COCO
         (("train/cat/0", "train/dog/0", "testing/cat/0", "testing/dog/0"), "testing"),
     ],
 )
@@ -267,7 +267,7 @@ def test_parts_are_known_by_their_names_too(files, strange, tmp_path):
     """Where what is in them does not tell."""
     for file in files:
         write_picture(tmp_path / f"{file}.png", noise(1, 6, 6, 0)[0])
-    assert f": {strange} look like parts, and not like classes;" in refused(tmp_path)
+    assert f": {strange}: by the name a part and not a class;" in refused(tmp_path)
 
 
 def test_a_part_more_does_no_harm_where_there_is_a_test(tmp_path):
