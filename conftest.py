@@ -25,8 +25,8 @@ def pytest_configure(config):
     # torchvision's way of unpacking a tarball, on Python 3.12 and 3.13
     config.addinivalue_line("filterwarnings", "ignore:Python 3.14 will:DeprecationWarning")
     config.option.markexpr = config.option.markexpr or "not slow"
-    # A shell's script starts `pytest &` deaf to Ctrl-C, and nohup to SIGHUP. What the tests start
-    # would be deaf as well, and many of them wait for its end.
+    # A shell's script starts `pytest &` with SIGINT ignored, nohup with SIGHUP. What the
+    # tests start would ignore them as well, and many tests wait for its end.
     for number in log.SIGNALS:
         is_ctrl_c = number == signal.SIGINT
         signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
