@@ -268,15 +268,11 @@ def bench_epoch(batch: int, device, half: torch.dtype):
     for name, times in parts.items():
         row(name, times, "s/epoch", total)
 
-    import resource  # not on Windows
-
     print("\n(e) memory")
     four, eight = (kept_for_backward(images[:n].float(), half) for n in (4, 8))  # weights in both
     print(
         f"  kept for backward, {name_of(half)}, eager: {(eight - four) / 4 / 1e6:.2f} MB an image"
     )
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # it counts in KiB
-    print(f"  peak of the host, this whole program: {host:.2f} GiB")
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**30
         print(f"  peak of the device, training at batch {batch}: {peak:.2f} GiB")
