@@ -47,6 +47,17 @@ def test_orthogonalising_keeps_the_singular_vectors_and_levels_the_values(rows, 
     assert torch.equal(matrices, before)
 
 
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_it_computes_in_bfloat16_on_gpus_that_have_it(capability, dtype, monkeypatch):
+    """A T4 (7.5) only emulates it, four times as slowly as float16."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    used, real = set(), torch.baddbmm
+    monkeypatch.setattr(torch, "baddbmm", lambda x, *a, **k: used.add(x.dtype) or real(x, *a, **k))
+    assert orthogonalize(normal(0, 2, 4, 6).float()).dtype == torch.float32
+    assert used == {dtype}
+
+
 def test_values_above_a_hundredth_of_the_norm_end_between_0_6_and_1_2():
     """diag(cos, sin) has norm 1. Far smaller values grow 3.4445^5 = 484.9 times, to stay small."""
     angles = torch.linspace(0.01, math.pi / 2, 10_000, dtype=torch.float64)
