@@ -160,6 +160,15 @@ def test_the_memory_of_a_call_is_bounded_whatever_the_network(network):
     assert network or largest >= 250, "small images come in large batches"
 
 
+def test_images_come_in_equal_parts():
+    """A block is compiled anew for every size, eight times at most, then no more."""
+    images = torch.zeros(10_000, 3, 1, 1, dtype=torch.uint8)
+    for n, size in ((10_000, 625), (5_000, 625), (2_000, 500), (1_000, 500)):
+        model = Recorder()
+        evaluate.compute_logits(model, images[:n], DATASET.mean, DATASET.std)
+        assert set(map(len, model.seen)) == {size}
+
+
 def test_logits_computed_in_low_precision_are_float32():
     model = small_model()
     seen = []
