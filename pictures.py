@@ -107,6 +107,8 @@ def load_folder(data_dir: str, image_size: int, only_test: bool = False) -> tupl
         counts = torch.tensor([len(files[part][name]) for name in classes])
         labels = torch.arange(len(classes)).repeat_interleave(counts)
         arrays[part], images = (images[: len(labels)], labels), images[len(labels) :]
+    if not only_test:
+        warn_of_copies(arrays)
     return classes, arrays
 
 
@@ -239,6 +241,23 @@ def set_aside(images: dict, data_dir: str) -> tuple[dict, dict]:
         flush=True,
     )
     return rest, test
+
+
+def warn_of_copies(parts: dict):
+    """Print a warning for each of the parts, {name: (images, labels)}, that holds a picture again.
+
+    Of a training image a network may know the class by heart: accuracy on its copies says nothing.
+    """
+    seen = set()
+    for name, (images, _) in parts.items():  # first those to train on, some of them held out later
+        new = {hash(image.numpy().tobytes()) for image in images} - seen
+        seen |= new
+        if copies := len(images) - len(new):
+            print(
+                f"warning: {copies:,} of {len(images):,} {name} pictures are copies of others, "
+                f"pixel by pixel: measured on copies of training pictures, accuracy is too good",
+                file=sys.stderr,
+            )
 
 
 def decode(paths: list[str], data_dir: str, image_size: int, is_all: bool) -> Tensor:
