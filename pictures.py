@@ -10,6 +10,7 @@ Your own pictures: folders of files of any kind and size -> uint8 tensors.
 Axes:  N images   S image side
 """
 
+import glob
 import hashlib
 import itertools
 import os
@@ -211,8 +212,10 @@ def files_in(paths: list[str]) -> list[str]:
     for path in paths:
         if os.path.isdir(path):
             found += sorted(file for file in walk(path, seen=set()) if is_picture(file))
-        else:
+        elif os.path.exists(path):
             found.append(path)
+        else:
+            found += sorted(glob.glob(path)) or [path]
     return found
 
 
