@@ -56,21 +56,11 @@ def load_folder(data_dir: str, image_size: int, only_test: bool = False) -> tupl
     # A class may be called "train", as in cars, ships and trains: it has no folders in it.
     if len(parts) < len(folders) and not any(contents(path)[0] for path in parts.values()):
         parts = {}
-    if not parts and len(folders) > 1 and any("train" in name for name in folders):
-        names = [os.path.basename(path) for path in folders.values()]
-        first, *others = (
-            [os.path.basename(path) for path in contents(folder)[0]] for folder in folders.values()
-        )
-        if first and all(other == first for other in others):
-            raise ValueError(
-                f"{data_dir}: {' and '.join(names)} look like parts, as all of them hold "
-                f"{', '.join(first)}; {EXPECTED}"
-            )
     strange = [name for name in folders if name not in parts and LIKE_A_PART.fullmatch(name)]
     is_layout = "test" not in parts and (parts or len(strange) == len(folders) > 1)
     if strange and is_layout:  # as in many archives of Kaggle, and in COCO
         raise ValueError(
-            f"{data_dir}: {', '.join(strange)}: by the name a part and not a class; {EXPECTED}"
+            f"{data_dir}: {', '.join(strange)} look like parts and not like classes; {EXPECTED}"
         )
     vals = [name for name in VAL_NAMES if name in parts]
     if len(vals) > 1:
@@ -207,7 +197,10 @@ def is_picture(path: str) -> bool:
 
 
 def files_in(paths: list[str]) -> list[str]:
-    """The files among these, and what lies in the folders among them, in order."""
+    """The files among these, and what lies in the folders among them, in order.
+
+    *.jpg is what matches it, where the shell left that to the program, as on Windows.
+    """
     found = []
     for path in paths:
         if os.path.isdir(path):

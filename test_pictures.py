@@ -278,13 +278,15 @@ def test_copies_of_pictures_are_counted_in_every_part(tmp_path, capsys):
         (("training_set/training_set/cats", "test_set/test_set/cats"), "test_set, training_set"),
         (("train2017/1", "val2017/1"), "train2017, val2017"),  # COCO
         (("train/cat/0", "train/dog/0", "testing/cat/0", "testing/dog/0"), "testing"),
+        (("Training/cat/0", "Training/dog/0", "Testing/cat/0"), "testing, training"),
+        (("seg_train/cat/0", "seg_test/cat/0", "seg_pred/0"), "seg_pred, seg_test, seg_train"),
     ],
 )
-def test_parts_are_known_by_their_names_too(files, strange, tmp_path):
-    """Where what is in them does not tell."""
+def test_parts_by_other_names_are_not_taken_for_classes(files, strange, tmp_path):
+    """It would learn to tell the training from the test images."""
     for file in files:
         write_picture(tmp_path / f"{file}.png", noise(1, 6, 6, 0)[0])
-    assert f": {strange}: by the name a part and not a class;" in refused(tmp_path)
+    assert f": {strange} look like parts and not like classes;" in refused(tmp_path)
 
 
 def test_a_part_more_does_no_harm_where_there_is_a_test(tmp_path):
@@ -299,6 +301,7 @@ def test_a_part_more_does_no_harm_where_there_is_a_test(tmp_path):
         *(
             "cat/2020 cat/2021 dog/2020 dog/2021",
             "trains/a trains/b car/a",
+            "trains/2020 cars/2020",
             "train car",
             "valve trainer",
             "a/x b",
