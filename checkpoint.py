@@ -185,22 +185,29 @@ def pick_device(name: str) -> torch.device:
     if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
         raise ValueError(f"{absent} are {torch.accelerator.device_count()}")
     if device.type == "cuda":
-        refuse_old_gpu(device)
+        refuse_unknown_gpu(device)
     return device
 
 
-def refuse_old_gpu(device: torch.device):
-    """ValueError for a GPU that this PyTorch has no code for: its first call would fail."""
+def refuse_unknown_gpu(device: torch.device):
+    """ValueError for a GPU that this PyTorch has no code for: its first call would fail.
+
+    Machine code (sm_75 is of capability 7.5) runs on later GPUs of the same major number, code that
+    is compiled at the start (compute_75) on all later ones.
+    """
     names = [re.match(r"(sm|compute)_(\d+)", name) for name in torch.cuda.get_arch_list()]
-    known = [int(name[2]) for name in names if name]  # 75 is capability 7.5
+    known = [(name[1], int(name[2])) for name in names if name]
     if not known:  # AMD's have other names
         return
     major, minor = torch.cuda.get_device_capability(device)
-    if 10 * major + minor < min(known):
+    here = 10 * major + minor
+    if not any(
+        number <= here and (kind == "compute" or number // 10 == major) for kind, number in known
+    ):
         raise ValueError(
-            f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) is too old for this PyTorch "
-            f"(sm_{min(known)} or newer): install another build, such as pip install torch "
-            f"torchvision --index-url https://download.pytorch.org/whl/cu126, or use --device cpu"
+            f"this PyTorch has no code for {torch.cuda.get_device_name(device)} (sm_{here}), only "
+            f"for {', '.join(torch.cuda.get_arch_list())}: install another build (cu126 for an "
+            f"old GPU, the newest for a new one; see pytorch.org), or use --device cpu"
         )
 
 

@@ -590,12 +590,35 @@ def test_a_gpu_that_this_pytorch_has_no_code_for_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability[str(d)])
     for name in ("auto", "cuda", "cuda:0"):
         text = refusal(checkpoint.pick_device, name)
-        assert text.startswith("P100 (sm_60) is too old for this PyTorch (sm_75 or newer): ")
+        found = "no code for P100 (sm_60), only for sm_75, sm_100a, compute_120: "
+        assert text.startswith(f"this PyTorch has {found}")
     assert checkpoint.pick_device("cuda:1") == torch.device("cuda:1")
     assert checkpoint.pick_device("cpu") == torch.device("cpu")
-    for others in (["sm_75", "compute_60"], ["gfx90a"]):  # compiled at the start; AMD
-        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda others=others: others)
-        assert checkpoint.pick_device("auto") == torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    "names, capability, runs",
+    [
+        ("sm_75 sm_80 sm_90", (8, 6), True),  # machine code of the same major number
+        ("sm_75 sm_80 sm_90", (12, 0), False),
+        ("sm_75 sm_86 sm_90", (8, 0), False),
+        ("sm_90 sm_100a sm_120", (10, 3), True),
+        ("sm_80 sm_90 compute_90", (12, 0), True),  # compiled at the start
+        ("sm_80 compute_90", (7, 5), False),
+        ("sm_75 compute_60", (6, 1), True),
+        ("gfx90a", (9, 0), True),  # AMD
+        ("", (9, 0), True),
+    ],
+)
+def test_code_runs_on_later_gpus_of_its_kind(names, capability, runs, monkeypatch):
+    pretend(monkeypatch, "cuda")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", names.split)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    if runs:
+        assert checkpoint.pick_device("cuda") == torch.device("cuda")
+    else:
+        refusal(checkpoint.pick_device, "cuda")
 
 
 def git(*words, folder="."):
