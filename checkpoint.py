@@ -159,12 +159,15 @@ def lock(out: str) -> int | None:
 
 
 def saved_in(out: str) -> str:
-    """What is on the disk, read from the disk."""
+    """What is on the disk, read from the disk (which may be away, as Google Drive at times is)."""
     path = os.path.join(out, "last.pt")
     try:
+        os.stat(path)
         last = load_checkpoint(path)
-    except (ValueError, OSError):
-        return "no epoch is saved yet"
+    except FileNotFoundError:
+        return f"no epoch is saved in {out}"
+    except (ValueError, OSError) as error:
+        return f"what was saved cannot be read now ({error})"
     return f"{path} holds epoch {last['epoch']} of {last['train']['epochs']}"
 
 

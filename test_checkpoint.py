@@ -20,6 +20,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -520,12 +521,23 @@ def test_a_folder_that_may_not_be_written_to_is_refused_at_once(out, mode, publi
 
 def test_what_is_saved_is_read_from_the_disk(plain):
     """Whatever the process believes: nothing, something, something that cannot be read."""
-    assert saved_in("out") == "no epoch is saved yet"
+    assert saved_in("out") == "no epoch is saved in out"
     shutil.copytree(plain, "out")
     edited(lambda content: content.update(epoch=1))(Path("out/last.pt"))
     assert saved_in("out") == "out/last.pt holds epoch 1 of 2"
     Path("out/last.pt").write_bytes(b"half")
-    assert saved_in("out") == "no epoch is saved yet"
+    text = "out/last.pt is damaged or not a checkpoint of train.py (BadZipFile)"
+    assert saved_in("out") == f"what was saved cannot be read now ({text})"
+
+
+def test_a_disk_that_is_away_is_not_an_empty_one(plain, monkeypatch):
+    """As Google Drive in a notebook, for some seconds: what was saved is not lost."""
+    shutil.copytree(plain, "out")
+    away = OSError(errno.ENOTCONN, "Transport endpoint is not connected", "out/last.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", mock.Mock(side_effect=away))
+        assert saved_in("out") == f"what was saved cannot be read now ({away})"
+    assert saved_in("out") == "out/last.pt holds epoch 2 of 2"
 
 
 def test_a_folder_is_locked_until_its_run_ends():

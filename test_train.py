@@ -507,7 +507,7 @@ def test_a_run_that_diverged_goes_on_with_what_its_hint_says(capsys):
 def test_a_run_that_diverges_before_its_first_save_starts_again_with_its_hint(capsys):
     assert run("--lr", 1e18) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert "no epoch is saved yet" in line
+    assert "no epoch is saved in out" in line
     assert main(*continuing(line)[:-1], "0.001") == 0
 
 
@@ -1292,7 +1292,7 @@ def test_a_signal_before_the_first_save_says_so(monkeypatch, capsys):
     on_call(monkeypatch, optim, "train_step", 2, lambda *_: signal.raise_signal(signal.SIGINT))
     assert run(out="my run") == 130
     *_, first, second = capsys.readouterr().out.splitlines()
-    assert first == "stopped by SIGINT: no epoch is saved yet"
+    assert first == "stopped by SIGINT: no epoch is saved in my run"
     assert "--out 'my run'" in second and continuing(second)[-1] == "--resume"
 
 
