@@ -5,6 +5,8 @@ Checkpoints: what they hold, how they reach the disk whole, and how they are rea
                configs, the history, and the best weights so far
     best.pt    derived from it: the best weights, with what it takes to use them
 
+    pick_device, versions    the machine a run is on, and what its numbers are traced to
+
 Plain data only, so reading one never runs code that hides in a file.
 """
 

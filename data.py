@@ -107,10 +107,13 @@ def load_cifar(dataset: str, data_dir: str, download_url: str | None = None) -> 
     from torchvision import datasets
 
     official = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
-    source = type(official.__name__, (official,), {"url": download_url or official.url})
+
+    class Source(official):  # torchvision takes the address from the class
+        url = download_url or official.url
+
     is_new = not os.path.exists(data_dir)
     try:  # download=True also unpacks a tarball that is already there, without touching the network
-        train, test = (source(data_dir, train=train, download=True) for train in (True, False))
+        train, test = (Source(data_dir, train=train, download=True) for train in (True, False))
     except Exception as error:  # network, server and md5 check each raise types of their own
         if is_new and os.path.isdir(data_dir) and not os.listdir(data_dir):
             os.rmdir(data_dir)  # nothing came: leave no trace
@@ -145,11 +148,11 @@ SHAPES = {  # class: where its five dots are, on a grid of 3x3
 def draw_shapes(n: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """n drawings of the ten SHAPES, in turn: uint8 (n, 3, H, W) and int64 labels (n,).
 
-    Each has five equal dots, and only their arrangement tells its class: not a colour, not a single
-    pixel, and hardly its patches without their places. Drawn at random are the colours, whether the
-    dots are lighter or darker than the paper, their size, small shifts of each and a larger one of
-    all, and left or right, so that a mirrored picture is of the same class. The same seed draws the
-    same bytes (on CPUs with the same instructions).
+    Each has five equal dots, whose arrangement tells its class: no colour does, nor a single pixel,
+    and a ViT without positions gets half of them right. Drawn at random are the colours, whether
+    the dots are lighter or darker than the paper, their size, small shifts of each and a larger one
+    of all, and left or right, so that a mirrored picture is of the same class. The same seed draws
+    the same bytes (on CPUs with the same instructions).
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -194,7 +194,8 @@ def train_step(
     largest = config.grad_clip or math.inf  # inf: only measured
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), largest)
 
-    # the step, unless float16 overflowed: asking is the one moment that waits for the GPU
+    # the step, unless float16 overflowed: asking is the one moment that waits for the GPU. (Not by
+    # scaler.step(), which asks as well, but does not tell: average and schedule must know, too.)
     if not state.scaler.is_enabled() or norm.isfinite():
         state.optimizer.step()
         update_ema(state, config.ema_decay)
