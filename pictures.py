@@ -252,7 +252,7 @@ def warn_of_copies(parts: dict):
             print(
                 f"warning: {copies:,} of {len(images):,} {name} pictures are copies of others, "
                 f"pixel by pixel: measured on copies of training pictures, accuracy is too good",
-                file=sys.stderr,
+                flush=True,
             )
 
 
