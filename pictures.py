@@ -202,13 +202,12 @@ def files_in(paths: list[str]) -> list[str]:
     *.jpg is what matches it, where the shell left that to the program, as on Windows.
     """
     found = []
-    for path in paths:
-        if os.path.isdir(path):
-            found += sorted(file for file in walk(path, seen=set()) if is_picture(file))
-        elif os.path.exists(path):
-            found.append(path)
-        else:
-            found += sorted(glob.glob(path)) or [path]
+    for given in paths:
+        for path in [given] if os.path.exists(given) else sorted(glob.glob(given)) or [given]:
+            if os.path.isdir(path):
+                found += sorted(file for file in walk(path, seen=set()) if is_picture(file))
+            else:
+                found.append(path)
     return found
 
 

@@ -248,6 +248,9 @@ def test_a_pattern_that_the_shell_left_alone_is_what_matches_it(tmp_path):
         (tmp_path / name).touch()
     found = pictures.files_in([f"{tmp_path}/?.png", f"{tmp_path}/[a].png", f"{tmp_path}/*.gif"])
     assert found == [f"{tmp_path}/{name}" for name in ("a.png", "b.png", "[a].png", "*.gif")]
+    (tmp_path / "album").mkdir()
+    (tmp_path / "album/d.png").touch()
+    assert pictures.files_in([f"{tmp_path}/al*"]) == [f"{tmp_path}/album/d.png"]
 
 
 def test_copies_of_pictures_are_counted_in_every_part(tmp_path, capsys):
