@@ -16,8 +16,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     For G = U S V^T that is nearly U V^T: values above a hundredth of the norm come out between 0.6
     and 1.2, far smaller ones grow up to 485 times, and zero stays zero. Five Newton-Schulz
     iterations (Jordan 2024), each a polynomial a x + b x^3 + c x^5 of every singular value: matrix
-    products only, no SVD, and of all n matrices at once. In bfloat16 on a GPU that
-    has it (Ampere and later): exact enough.
+    products only, no SVD, and of all n matrices at once. In bfloat16 on a GPU that has it (Ampere
+    and later; older ones only emulate it): exact enough.
     """
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices  # so that x x^T is the smaller of the two squares

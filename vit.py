@@ -138,8 +138,8 @@ def attention(
 
     q, k, v: (..., N, d). bias: (..., N, N). Returns the output (..., N, d) and the weights
     (..., N, N): row i says how much token i reads from each token, and sums to 1. Dropout zeroes
-    single weights before they multiply v, but not in those returned. For q and k of
-    variance 1 the scale keeps the scores' variance at 1, whatever the width d of a head.
+    single weights before they multiply v, but not in those returned. For q and k of variance 1 the
+    scale keeps the scores' variance at 1, whatever the width d of a head.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (..., N, N)
     if bias is not None:
