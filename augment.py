@@ -410,19 +410,16 @@ def main(argv: list[str] | None = None):
         mixed, targets = mix(some.float(), torch.eye(columns), 1.0, generator)  # a class an image
         rows[f"{mix.__name__}, {targets[0, 0]:.0%} and {targets[0, -1]:.0%}"] = mixed.byte()
 
-    # two blocks of rows, side by side
+    # two columns of rows
     half = math.ceil(len(rows) / 2)
-    figure = Figure(figsize=(8.3, 0.47 * half + 0.4), layout="constrained")
-    blocks = figure.subfigures(1, 2)
-    for block, part in zip(blocks, (list(rows.items())[:half], list(rows.items())[half:])):
-        axes = block.subplots(half, columns, squeeze=False)
-        for axis in axes.flat:
-            axis.axis("off")
-        for line, (title, pixels) in zip(axes, part):
-            for axis, image in zip(line, pixels):
-                axis.imshow(image.permute(1, 2, 0).numpy())
-            where = {"ha": "right", "va": "center", "transform": line[0].transAxes}
-            line[0].text(-0.15, 0.5, title, fontsize=7, **where)
+    figure = Figure(figsize=(8.3, 0.51 * half + 0.4))
+    bare = {"frame_on": False, "xticks": [], "yticks": []}
+    place = {"left": 0.16, "right": 0.99, "bottom": 0.01, "top": 0.94, "wspace": 0.55}
+    axes = figure.subplots(half, 2, subplot_kw=bare, gridspec_kw=place)
+    for axis, (title, pixels) in zip(axes.T.flat, rows.items()):
+        framed = F.pad(pixels, (1, 1, 1, 1), value=255)  # white between the images
+        axis.imshow(torch.cat(framed.unbind(), 2).permute(1, 2, 0).numpy())
+        axis.set_ylabel(title, fontsize=7, rotation=0, ha="right", va="center")
     figure.suptitle("What augmentation makes of an image, and of a batch", fontsize=10)
     try:
         figure.savefig(args.out, dpi=90)
