@@ -372,6 +372,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"batch_size must be at least 4, got {args.batch_size}")
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
+    checkpoint.limit_threads()
     batch = args.batch_size or (32 if device.type == "cpu" else 1024)
     dtype = optim.pick_dtype("auto", device)
     facts = checkpoint.versions(device)

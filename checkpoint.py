@@ -5,17 +5,21 @@ Checkpoints: what they hold, how they reach the disk whole, and how they are rea
                configs, the history, and the best weights so far
     best.pt    derived from it: the best weights, with what it takes to use them
 
-    pick_device, versions    the machine a run is on, and what its numbers are traced to
+    pick_device, limit_threads, versions    the machine a run is on, and what its numbers are
+                                            traced to
 
 Plain data only, so reading one never runs code that hides in a file.
 """
 
+import contextlib
 import io
+import math
 import os
 import platform
 import re
 import subprocess
 import zipfile
+from pathlib import Path
 
 import torch
 
@@ -214,6 +218,29 @@ def refuse_unknown_gpu(device: torch.device):
             f"for {', '.join(torch.cuda.get_arch_list())}: install another build (cu126 for an "
             f"old GPU, the newest for a new one; see pytorch.org), or use --device cpu"
         )
+
+
+def limit_threads():
+    """No more threads than a container has cores' time for (docker run --cpus 2).
+
+    PyTorch starts one for every core of the machine. They wait for each other in each operation, so
+    dozens that share the time of two cores are many times slower than two (ollama/ollama#17916).
+    OMP_NUM_THREADS, where it is set, is obeyed.
+    """
+    quota = cpu_quota()
+    if quota < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, int(quota)))
+
+
+def cpu_quota(folder: str = "/sys/fs/cgroup") -> float:
+    """How many cores' time Linux grants to this container; inf where there is no such limit."""
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroups v2, v1
+        with contextlib.suppress(OSError, ValueError):  # it is not there; it says "max"
+            words = " ".join(Path(folder, name).read_text() for name in names).split()
+            quota, period = map(float, words)
+            if quota > 0:  # -1 is v1's word for no limit
+                return quota / period
+    return math.inf
 
 
 def versions(device: torch.device) -> dict:

@@ -26,7 +26,7 @@ from torch import Tensor
 import data
 import log
 import pictures
-from checkpoint import build_model, load_checkpoint, pick_device, write_atomically
+from checkpoint import build_model, limit_threads, load_checkpoint, pick_device, write_atomically
 from vit import VisionTransformer, ViTConfig
 
 
@@ -431,6 +431,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--out", help="folder for metrics and pictures (default: the checkpoint's)")
     args = parser.parse_args(argv)
+    limit_threads()
     path = args.checkpoint
     if os.path.isdir(path):
         path = os.path.join(path, "best.pt")

@@ -10,6 +10,7 @@ import builtins
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import pickle
 import re
@@ -27,6 +28,7 @@ import torch
 from PIL import Image
 
 import checkpoint
+import evaluate
 import train
 from checkpoint import best_of, build_model, check_out, load_checkpoint, save_checkpoint, saved_in
 from testing import (
@@ -631,6 +633,53 @@ def test_code_runs_on_later_gpus_of_its_kind(names, capability, runs, monkeypatc
         assert checkpoint.pick_device("cuda") == torch.device("cuda")
     else:
         refusal(checkpoint.pick_device, "cuda")
+
+
+@pytest.mark.parametrize(
+    "files, quota",
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "765000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 7.65),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "200000\n"}, math.inf),
+        ({}, math.inf),
+    ],
+)
+def test_the_time_that_a_container_has_is_read_as_linux_writes_it(files, quota, tmp_path):
+    """docs.kernel.org, admin-guide/cgroup-v2 (cpu.max) and scheduler/sched-bwc, version 1."""
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert checkpoint.cpu_quota(str(tmp_path)) == quota
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Counts the threads after a call, of the eight there were before, with that quota."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def after(quota, call):
+        monkeypatch.setattr(checkpoint, "cpu_quota", lambda: quota)
+        torch.set_num_threads(8)
+        call()
+        return torch.get_num_threads()
+
+    yield after
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("quota, expected", [(7.65, 7), (0.5, 1), (8.0, 8), (12.0, 8)])
+def test_no_more_threads_than_a_container_has_time_for(quota, expected, threads, monkeypatch):
+    """Rounded down: one too many is enough for all to wait. What the user has set is obeyed."""
+    assert threads(quota, checkpoint.limit_threads) == expected
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert threads(quota, checkpoint.limit_threads) == 8
+
+
+def test_training_and_evaluating_keep_to_the_threads_of_a_container(threads):
+    assert threads(2.0, lambda: run("--max-minutes", 1e-9)) == 2
+    assert threads(2.0, lambda: evaluate.main(["out/last.pt"])) == 2
 
 
 def git(*words, folder="."):

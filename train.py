@@ -191,6 +191,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
 
     # the device
     device = checkpoint.pick_device(config.device)
+    checkpoint.limit_threads()
     if config.dataset in data.CIFAR_STATISTICS:  # before a download
         recipe.refuse_hours(config, vit_config, device.type, 45_000)
     if config.deterministic:
