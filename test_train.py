@@ -1220,14 +1220,18 @@ def test_out_of_memory_is_one_line_that_says_what_is_kept(error, monkeypatch, ca
     ],
 )
 def test_any_other_failure_of_torch_keeps_its_traceback(text, monkeypatch):
-    """A bug is not the user's to fix, even if its text speaks of memory or overflow."""
+    """A bug is not the user's to fix, even if its text speaks of memory or overflow. But a GPU that
+    fails loses no run either, and below the traceback stands how it goes on."""
 
     def raise_it(*_):
         raise RuntimeError(text)
 
     on_call(monkeypatch, optim, "train_step", 8, raise_it)
-    with pytest.raises(RuntimeError, match=text):
+    with pytest.raises(RuntimeError, match=text) as caught:
         run()
+    [note] = caught.value.__notes__
+    assert note.startswith("out/last.pt holds epoch 1 of 2; continue with: ")
+    assert main(*continuing(note)) == 0
 
 
 # ---- 8 Ending well ----

@@ -418,6 +418,9 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = recipe.make_parser()
 
+    def going_on() -> str:
+        return f"{checkpoint.saved_in(out)}; continue with: {log.command(argv, world)}"
+
     def fail(code: int, text: object, alone: bool = False):
         """alone: it may have happened to this process only, and rank 0 does not know."""
         who = f"rank {rank}: " if alone and world > 1 else ""
@@ -460,12 +463,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:  # a full disk, a folder that is gone
-        hint = f"{checkpoint.saved_in(out)}; continue with: {log.command(argv, world)}"
-        fail(2, f"{error}. {hint}", alone=True)
+        fail(2, f"{error}. {going_on()}", alone=True)
     except (RuntimeError, MemoryError) as error:  # torch has no type of its own for a CPU's
         told = "out of memory|allocate memory|storage size calculation overflow"
         about_memory = re.search(told, str(error).lower())
         if not (about_memory or isinstance(error, MemoryError)):
+            error.add_note(going_on())  # below the traceback: the run is not lost
             raise
         hint = "a smaller --batch-size, --image-size or network (in a new --out) needs less"
         fail(2, f"out of memory: {hint}. {checkpoint.saved_in(out)}", alone=True)
