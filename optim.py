@@ -64,13 +64,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name; for "auto" float32 on a CPU, on CUDA the 16-bit type the GPU has.
 
     bfloat16 needs no loss scaling, but GPUs before Ampere only emulate it: they compute in float16
-    instead. A CPU without AVX-512 computes in float32: there PyTorch takes 40 to 500 times as long
-    for a product in bfloat16 (pytorch/pytorch#146508).
+    instead. A CPU without it, which is AVX512_BF16, computes in float32: with AVX-512 alone a
+    product in bfloat16 takes twice as long (uxlfoundation/oneDNN#493), without that 40 to 500 times
+    (pytorch/pytorch#146508).
     """
     if name in ("auto", "bfloat16") and device.type == "cuda":
         name = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     if name == "bfloat16" and device.type == "cpu":
-        name = "bfloat16" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "float32"
+        has_it = torch.cpu._is_avx512_bf16_supported()  # PyTorch 2.10 has no public way to ask
+        name = "bfloat16" if has_it else "float32"
     return torch.float32 if name == "auto" else getattr(torch, name)
 
 
@@ -150,7 +152,7 @@ def build_state(
         for block in [*model.blocks, *(ema.blocks if ema else [])]:
             block.compile(dynamic=False)
     forward = model
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():  # AMD's builds for Windows lack all of it
         forward = nn.parallel.DistributedDataParallel(model)
     dtype = pick_dtype(config.dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -136,7 +136,7 @@ def tiny_world():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", load)
         patch.setattr(log, "measure_peak", lambda *_: 1e12)
-        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")  # 16 bits, too
+        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # 16 bits, too
         facts = {"torch": "2", "commit": "c", "device": "cpu"}
         patch.setattr(checkpoint, "versions", lambda *_: facts)
         # else a third of a tiny run's time: Matplotlib's settings, and the parser's own source
