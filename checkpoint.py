@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 import zipfile
 from pathlib import Path
 
@@ -42,11 +43,22 @@ def write_atomically(path: str, content: bytes):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+
+
+def replace(temporary: str, path: str):
+    """os.replace(), tried for two seconds: on Windows it fails while another program, often a virus
+    scanner, has the old file open."""
+    for pause in (0.1, 0.4, 1.5):
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            time.sleep(pause)
+    os.replace(temporary, path)
 
 
 def save_checkpoint(checkpoint: dict, path: str):

@@ -90,6 +90,31 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(
     assert tree() == {"a.pt": b"new"}
 
 
+@pytest.mark.parametrize("times", [1, 3, 4])
+def test_a_file_that_another_program_has_open_is_replaced_as_soon_as_it_is_closed(
+    times, monkeypatch
+):
+    """On Windows a virus scanner may have it open, and a save must not end a run for that. After
+    two seconds it is an error like any other."""
+    Path("a.pt").write_bytes(b"old")
+    refusals, waited, real = [PermissionError(errno.EACCES, "in use")] * times, [], os.replace
+
+    def busy(*paths):
+        if refusals:
+            raise refusals.pop()
+        real(*paths)
+
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr(checkpoint.time, "sleep", waited.append)
+    if times < 4:
+        checkpoint.write_atomically("a.pt", b"new")
+    else:
+        with pytest.raises(PermissionError, match="in use"):
+            checkpoint.write_atomically("a.pt", b"new")
+    assert tree() == {"a.pt": b"new" if times < 4 else b"old"}
+    assert len(waited) == min(times, 3) and sum(waited) <= 2
+
+
 def test_a_write_that_is_stopped_when_all_is_done_has_been_done(monkeypatch):
     """A signal may come between the last two lines."""
 
