@@ -14,6 +14,7 @@ import math
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -165,7 +166,12 @@ def command(argv: list[str] | None, world: int, *more: str) -> str:
     """The command that continues a run, quoted for a shell."""
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
     launcher = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
-    return shlex.join([*launcher, program("train.py"), *words, "--resume", *more])
+    return quote([*launcher, program("train.py"), *words, "--resume", *more])
+
+
+def quote(words: list[str]) -> str:
+    """One line that a shell, or the command prompt of Windows, takes apart into these words."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def say(text: str):

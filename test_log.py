@@ -339,6 +339,15 @@ def test_the_command_that_continues_is_the_one_that_began_and_resume(monkeypatch
     assert log.command(None, 1, "--grad-clip", "1") == expected
 
 
+def test_a_command_is_quoted_for_the_command_prompt_on_windows(monkeypatch):
+    """Which knows no single quotes, and takes a backslash as it is. PowerShell reads it, too."""
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(os, "name", "nt")
+    continued = log.command(["--out", "D:\\my runs\\a", "--data-dir", "D:\\pets"], 1)
+    expected = 'python train.py --out "D:\\my runs\\a" --data-dir D:\\pets --resume'
+    assert continued == expected
+
+
 def test_a_hint_is_given_from_a_folder_that_is_gone_too(monkeypatch, here):
     """A scratch folder may be cleaned during the run."""
     (here / "scratch").mkdir()

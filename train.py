@@ -20,7 +20,6 @@ import copy
 import math
 import os
 import re
-import shlex
 import signal
 import sys
 import time
@@ -397,7 +396,7 @@ def finish(run: Run):
     )
     device = str(run.device)
     evaluate.evaluate(best, out, device=device, dataset=run.dataset, history=run.history)
-    example = shlex.join(["python", log.program("evaluate.py"), out, "--images"])
+    example = log.quote(["python", log.program("evaluate.py"), out, "--images"])
     run.say(f"wrote metrics.json and pictures into {out}/; try {example} PICTURE")
 
 
