@@ -187,8 +187,9 @@ def picture_endings() -> set[str]:
 
     endings = Image.registered_extensions()
     # PostScript would start Ghostscript; the others are names without a reader.
-    others = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
-    return {x for x, kind in endings.items() if kind in Image.OPEN and kind not in others}
+    others = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+    readers = {*Image.OPEN, "MPO"} - others  # MPO is read as a JPEG
+    return {x for x, kind in endings.items() if kind in readers}
 
 
 def is_picture(path: str) -> bool:

@@ -391,7 +391,8 @@ def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
 
 def test_a_picture_is_known_by_its_name():
     """Whatever Pillow reads, in any case; what only looks like an image, or is hidden, is none."""
-    for name in ("a.jpg", "a.JPEG", "b/a.png", "a.jfif", "a.gif", "a.webp", "a.tif", "a.jp2"):
+    names = "a.jpg a.JPEG b/a.png a.jfif a.gif a.webp a.tif a.jp2 a.mpo"
+    for name in names.split():
         assert pictures.is_picture(name), name
     for name in ("a.txt", "png", "._a.png", "b/.png", "a.pdf", "a.eps", "a.mpg", "a.heic", ""):
         assert not pictures.is_picture(name), name
@@ -487,7 +488,7 @@ def test_the_first_frame_of_a_gif_is_the_picture(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "suffix", [".avif", ".jfif", ".gif", ".webp", ".bmp", ".jp2", ".ico", ".tga"]
+    "suffix", [".avif", ".jfif", ".mpo", ".gif", ".webp", ".bmp", ".jp2", ".ico", ".tga"]
 )
 def test_whatever_pillow_reads_is_trained_on(suffix, tmp_path):
     """In a class beside PNGs, where torchvision's own list of endings would pass some over."""
