@@ -217,6 +217,14 @@ def test_compiling_that_was_asked_for_and_fails_is_an_error(monkeypatch):
         optim.should_compile(TrainConfig(compile=True), CPU)
 
 
+def test_a_pytorch_without_distributed_trains(monkeypatch):
+    """AMD's builds for Windows lack all of torch.distributed but is_available()."""
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "is_initialized")
+    state = build(TrainConfig())
+    assert state.forward is state.model
+
+
 # ---- Groups and schedule ----
 
 
