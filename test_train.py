@@ -1132,12 +1132,14 @@ def test_on_a_gpu_ten_seconds_lie_between_two_saves_and_the_last_epoch_is_saved_
 
 def test_a_log_that_a_spreadsheet_holds_open_costs_a_warning(monkeypatch, capsys):
     """On Windows it cannot be replaced then. It is derived: the next save writes all of it."""
-    held, replace_file = ["out/log.csv"], os.replace
+    held, replace_file = ["out/log.csv"] * 4, os.replace
 
     def refuse(source, target):
         if target in held:
             raise PermissionError(13, "Permission denied", source, None, held.pop())
         replace_file(source, target)
+
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
 
     monkeypatch.setattr(os, "replace", refuse)
     assert run() == 0
