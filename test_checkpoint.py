@@ -11,14 +11,17 @@ import contextlib
 import errno
 import fcntl
 import math
+import multiprocessing
 import os
 import pickle
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 from unittest import mock
@@ -32,8 +35,8 @@ import evaluate
 import train
 from checkpoint import best_of, build_model, check_out, load_checkpoint, save_checkpoint, saved_in
 from testing import (
-    ALONE,
     DATASET,
+    FSYNC,
     HERE,
     Kill,
     Payload,
@@ -165,52 +168,51 @@ def test_a_checkpoint_is_read_as_it_was_written():
     assert difference(flat(whole), read("a.pt")) is None and len(tree()) == 1
 
 
-SIGNALS = """
-import os, signal, sys, time
-import torch
-import checkpoint
+def save_under_signals(number, tensors):
+    """Save (tensors of 2 MB each) until so many signals came during a save."""
+    os.fsync = FSYNC
 
-class Stopped(BaseException): ...
+    class Stopped(BaseException): ...
 
-def stop(*_):
-    raise Stopped
+    def stop(*_):
+        raise Stopped
 
-def whole(epoch):
-    return {"epoch": epoch, **{str(i): torch.full((1 << 18,), epoch) for i in range(tensors)}}
+    def whole(epoch):
+        return {"epoch": epoch, **{str(i): torch.full((1 << 18,), epoch) for i in range(tensors)}}
 
-signal.signal(signal.SIGALRM, stop)
-number, tensors = map(int, sys.argv[1:])  # of 2 MB each
-stopped, seconds = 0, 9.0
-for epoch in range(1, 20 * number):
-    old, new, began = whole(-epoch), whole(epoch), time.perf_counter()
-    checkpoint.save_checkpoint(old, "a.pt")
-    seconds = min(seconds, time.perf_counter() - began)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, seconds * (stopped + 1) / (number + 1))
-        checkpoint.save_checkpoint(new, "a.pt")
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    except Stopped:
-        stopped += 1
-    found = torch.load("a.pt", weights_only=True)
-    assert found["epoch"] in (-epoch, epoch), found["epoch"]
-    assert all((x == found["epoch"]).all() for x in found.values() if torch.is_tensor(x))
-    assert os.listdir() == ["a.pt"]
-    if stopped == number:
-        break
-print(stopped)
-"""
+    signal.signal(signal.SIGALRM, stop)
+    stopped, seconds = 0, 9.0
+    for epoch in range(1, 20 * number):
+        old, new, began = whole(-epoch), whole(epoch), time.perf_counter()
+        save_checkpoint(old, "a.pt")
+        seconds = min(seconds, time.perf_counter() - began)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds * (stopped + 1) / (number + 1))
+            save_checkpoint(new, "a.pt")
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except Stopped:
+            stopped += 1
+        found = torch.load("a.pt", weights_only=True)
+        assert found["epoch"] in (-epoch, epoch), found["epoch"]
+        assert all((x == found["epoch"]).all() for x in found.values() if torch.is_tensor(x))
+        assert os.listdir() == ["a.pt"]
+        if stopped == number:
+            break
+    assert stopped == number
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("number, tensors", [(5, 4), pytest.param(60, 32, marks=pytest.mark.slow)])
 def test_a_signal_during_a_save_stops_it_and_loses_nothing(number, tensors):
     """Signals spread over the time a save takes, whose handler raises, as train.py's does. The
     exception comes out as it went in, the process lives, and the file is the old or the new one.
 
     (Writing from within torch.save, 46 of 60 ended in a RuntimeError or an abort.)"""
-    words = [sys.executable, "-c", SIGNALS, str(number), str(tensors)]
-    done = subprocess.run(words, env=ALONE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == number
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=save_under_signals, args=(number, tensors))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@
 and demands that the test it names turns red.
 """
 
+import functools
 import importlib.util
 import json
 import re
@@ -27,6 +28,7 @@ from recipe import PRESETS, TrainConfig
 from vit import VisionTransformer, ViTConfig
 
 ROOT = Path(__file__).parent
+make_parser = functools.cache(recipe.make_parser)  # it reads its own source
 PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8")
     for name in ("README.md", "TUTORIAL.md", "RESULTS.md")
@@ -74,7 +76,7 @@ def test_every_training_command_of_the_pages_is_one_that_train_py_accepts():
     assert len(calls) >= 40
     for argv in calls:
         if argv != ["--help"]:
-            preset, flags = recipe.parse(argv, recipe.make_parser())
+            preset, flags = recipe.parse(argv, make_parser())
             values = recipe.resolve(preset, flags, None)
             recipe.build_configs(recipe.follow_data(values, n=50_000))
 
@@ -97,7 +99,7 @@ def test_every_evaluation_command_of_the_pages_is_one_that_evaluate_py_accepts(m
 def test_the_levers_of_the_ablation_lead_from_deit_to_strong():
     """Its last row and --optimizer muon are the strong preset, to three digits."""
     [argv] = [argv for argv in commands("train.py") if "runs/lever-5-averaging" in argv]
-    _, flags = recipe.parse(argv, recipe.make_parser())
+    _, flags = recipe.parse(argv, make_parser())
     beside = ("out", "max_minutes", "dataset", "data_dir", "lr")
     lever = {name: value for name, value in flags.items() if name not in beside}
     assert lever | {"optimizer": "muon"} == pytest.approx(PRESETS["strong"], abs=5e-5)
@@ -249,9 +251,7 @@ def test_every_row_of_the_cost_table_can_be_done():
             file, old, new = edit.groups()
             assert (ROOT / file).read_text().count(old) and old != new, what
         elif flags := re.fullmatch(r"`(--.+)`", change):
-            preset, typed = recipe.parse(
-                ["--preset", "demo", *flags[1].split()], recipe.make_parser()
-            )
+            preset, typed = recipe.parse(["--preset", "demo", *flags[1].split()], make_parser())
             recipe.build_configs({**preset, **typed})
         elif chapter := re.fullmatch(r"chapter (\d+)'s change", change):
             assert f"### {chapter[1]}. " in TUTORIAL, what

@@ -7,12 +7,11 @@ the reason.
 
 import errno
 import itertools
+import multiprocessing
 import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections import Counter
@@ -28,7 +27,6 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-import data
 import pictures
 from testing import Payload, key, load_folder, make_folder, make_part, noise, seeds, write_picture
 
@@ -748,21 +746,21 @@ def test_nothing_in_a_cache_is_run(tmp_path):
     assert trap.exists()  # the trap would have worked
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_what_was_decoded_is_kept_when_the_run_is_killed(tmp_path):
     """A process that dies by SIGKILL at its 61st picture of 120, in the middle of its work."""
     make_part(tmp_path, {"cat": 60, "dog": 60})
-    program = (
-        "import data, pictures, itertools, os, signal, sys\n"
-        "real, count = pictures.open_image, itertools.count()\n"
-        "def deadly(path, size):\n"
-        "    next(count) == 60 and os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(path, size)\n"
-        "pictures.open_image = deadly\n"
-        "data.load('folder', sys.argv[1], 6)\n"
-    )
-    folder = Path(data.__file__).parent
-    run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=folder)
-    assert run.returncode == -signal.SIGKILL
+    real, count = pictures.open_image, itertools.count()
+
+    def deadly(path, size):
+        next(count) == 60 and os.kill(os.getpid(), signal.SIGKILL)
+        return real(path, size)
+
+    process = multiprocessing.get_context("fork").Process(target=load_folder, args=(tmp_path,))
+    with mock.patch.object(pictures, "open_image", deadly):
+        process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     lost = len(decoded(tmp_path)) - 60
     assert 0 <= lost < 2 * os.cpu_count()  # those in flight
     assert decoded(tmp_path) == []

@@ -8,6 +8,7 @@ is read at all stands here.
 
 import ast
 import dataclasses
+import functools
 import inspect
 import math
 import re
@@ -18,10 +19,11 @@ from typing import get_args
 import pytest
 
 import recipe
-from recipe import PRESETS, TrainConfig, build_configs, follow_data, make_parser, parse, resolve
+from recipe import PRESETS, TrainConfig, build_configs, follow_data, parse, resolve
 from vit import ViTConfig
 
 HERE = Path(recipe.__file__).parent
+make_parser = functools.cache(recipe.make_parser)  # it reads its own source
 TRAIN = {knob.name: knob for knob in fields(TrainConfig)}
 KNOBS = TRAIN | {knob.name: knob for knob in fields(ViTConfig)}
 # What a run knows and a user does not choose: pictures have three colours, and the data classes.

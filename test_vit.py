@@ -706,14 +706,13 @@ def test_asking_for_attention_maps_leaves_no_trace():
     assert torch.equal(before, after) and not maps.requires_grad
 
 
-@both_paths
 @given(configs(), seeds)
-def test_one_head_and_many_heads_agree_when_weights_are_block_diagonal(fused, config, seed):
+def test_one_head_and_many_heads_agree_when_weights_are_block_diagonal(config, seed):
     """Each head sees its slice of the width alone: h heads are h one-headed layers side by side."""
     g, d = generator(seed), config.head_dim
     alone = replace(config, dim=d, heads=1)
-    singles = [scrambled(MultiHeadAttention(alone), g, fused) for _ in range(config.heads)]
-    many = scrambled(MultiHeadAttention(config), g, fused)
+    singles = [scrambled(MultiHeadAttention(alone), g) for _ in range(config.heads)]
+    many = scrambled(MultiHeadAttention(config), g)
     weights = zip(*(single.qkv.weight.split(d) for single in singles))  # queries, keys, values
     biases = zip(*(single.qkv.bias.split(d) for single in singles))
     many.qkv.weight.data = torch.cat([torch.block_diag(*blocks) for blocks in weights])
@@ -728,22 +727,20 @@ def test_one_head_and_many_heads_agree_when_weights_are_block_diagonal(fused, co
     close(many(x), torch.cat(expected, -1))
 
 
-@both_paths
 @given(configs(biases=st.just(False)), seeds)
-def test_permuting_tokens_permutes_the_output(fused, config, seed):
+def test_permuting_tokens_permutes_the_output(config, seed):
     """f(x[order]) = f(x)[order]: attention has no idea of places, unless it is given a bias."""
     g = generator(seed)
-    ours = scrambled(MultiHeadAttention(config), g, fused)
+    ours = scrambled(MultiHeadAttention(config), g)
     x, order = draw_tokens(config, 2, g), torch.randperm(config.num_tokens, generator=g)
     close(ours(x[:, order]), ours(x)[:, order])
 
 
-@both_paths
 @given(configs(), seeds)
-def test_an_image_does_not_depend_on_its_batch_mates(fused, config, seed):
+def test_an_image_does_not_depend_on_its_batch_mates(config, seed):
     """model(images)[i] = model(images[i]): nothing is shared across a batch."""
     g = generator(seed)
-    model, images = scrambled(VisionTransformer(config), g, fused), draw_images(config, 3, g)
+    model, images = scrambled(VisionTransformer(config), g), draw_images(config, 3, g)
     close(model(images), torch.cat([model(image[None]) for image in images]))
 
 
@@ -1019,10 +1016,9 @@ def test_the_model_equals_one_built_from_torch_parts(fused, config, batch, seed)
     equal_forward_and_backward(model, TorchViT(config), draw_images(config, batch, g), MODEL_NAMES)
 
 
-@both_paths
 @given(configs(pools=st.just("cls"), biases=st.just(False)), batches, seeds)
 @example(EDGE, 1, 0)
-def test_the_model_equals_torchvisions_vision_transformer(fused, config, batch, seed):
+def test_the_model_equals_torchvisions_vision_transformer(config, batch, seed):
     """The same network by a second author, who has three channels and a class token."""
     g = generator(seed)
     config = replace(config, in_channels=3)
@@ -1048,7 +1044,7 @@ def test_the_model_equals_torchvisions_vision_transformer(fused, config, batch, 
         "mlp.fc2": "mlp.3",
         "head.": "heads.head.",
     }
-    model = scrambled(VisionTransformer(config), g, fused)
+    model = scrambled(VisionTransformer(config), g)
     equal_forward_and_backward(model, oracle, draw_images(config, batch, g), names)
 
 
@@ -1251,16 +1247,15 @@ def test_the_same_seed_builds_the_same_model(config, seed):
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
 
 
-@both_paths
 @given(configs(), seeds)
 @example(EDGE, 0)
-def test_every_parameter_receives_a_gradient(fused, config, seed):
+def test_every_parameter_receives_a_gradient(config, seed):
     """And every pixel row, every row of every matrix, every position and every displacement.
 
     But for one table: in the last block only the class token is read, and its bias is always 0.
     """
     g = generator(seed)
-    model = scrambled(VisionTransformer(config), g, fused)
+    model = scrambled(VisionTransformer(config), g)
     images = draw_images(config, 3, g).requires_grad_()
     found = gradients(model(images), model, images)
     if config.pool == "cls" and config.relative_position_bias:

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import functools
-import inspect
 import itertools
 import math
 import os
@@ -21,6 +20,7 @@ import data
 import evaluate
 import log
 import optim
+import recipe
 import train
 from recipe import TrainConfig
 from vit import ViTConfig
@@ -110,9 +110,10 @@ DATASET = make_dataset()
 TINY = """--dataset shapes --device cpu --image-size 8 --patch-size 4 --dim 8 --depth 1 --heads 2
     --epochs 2 --batch-size 8 --val-size 20 --lr 0.01 --dropout 0""".split()  # 5 steps an epoch
 # Everything that has a state or draws random numbers, at once.
-FULL = """--epochs 4 --depth 2 --dtype float16 --dropout 0.1 --attn-dropout 0.1 --drop-path 0.3
+FULL = """--epochs 3 --depth 2 --dtype float16 --dropout 0.1 --attn-dropout 0.1 --drop-path 0.3
     --ema-decay 0.9 --grad-clip 1 --label-smoothing 0.1 --mixup 0.8 --cutmix 1""".split()
 PLOTS = {name: f for name, f in vars(evaluate).items() if name.startswith("plot_")}
+FSYNC = os.fsync  # before tiny_world() replaces it
 WALL_CLOCK = ("images_per_second", "mfu", "seconds")  # what may differ between two equal runs
 
 
@@ -139,12 +140,14 @@ def tiny_world():
         patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # 16 bits, too
         facts = {"torch": "2", "commit": "c", "device": "cpu"}
         patch.setattr(checkpoint, "versions", lambda *_: facts)
-        # else a third of a tiny run's time: Matplotlib's settings, and the parser's own source
+        # else a third of a tiny run's time: Matplotlib's settings, the parser that reads its own
+        # source, and the wait for the disk, for which test_checkpoint.py has its own tests
         draw = evaluate.draw
         patch.setattr(evaluate, "draw", lambda plot, *_: plot is no_picture or draw(plot, *_))
         for name in PLOTS:
             patch.setattr(evaluate, name, no_picture)
-        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
+        patch.setattr(recipe, "make_parser", functools.cache(recipe.make_parser))
+        patch.setattr(os, "fsync", lambda file: None)
         yield
 
 
