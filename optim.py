@@ -64,9 +64,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name; for "auto" float32 on a CPU, on CUDA the 16-bit type the GPU has.
 
     bfloat16 needs no loss scaling, but GPUs before Ampere only emulate it: they compute in float16
-    instead. A CPU without it, which is AVX512_BF16, computes in float32: with AVX-512 alone a
-    product in bfloat16 takes twice as long (uxlfoundation/oneDNN#493), without that 40 to 500 times
-    (pytorch/pytorch#146508).
+    instead. So does a CPU that lacks its instructions, AVX512_BF16, in float32: a product takes it
+    twice as long in bfloat16 with AVX-512 alone (uxlfoundation/oneDNN#493), and 40 to 500 times
+    without (pytorch/pytorch#146508).
     """
     if name in ("auto", "bfloat16") and device.type == "cuda":
         name = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
