@@ -15,21 +15,23 @@ def pytest_configure(config):
         import hypothesis
         import torch
 
+        import log
+
         profile = hypothesis.settings.register_profile
         profile("fixed", deadline=None, max_examples=25, derandomize=True)
         profile("search", deadline=None, max_examples=500)
         hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
         torch.set_num_threads(1)  # results depend on the number of threads in the last bit
+        # A shell's script starts `pytest &` with SIGINT ignored, nohup with SIGHUP. What the
+        # tests start would ignore them as well, and many tests wait for its end.
+        for number in log.SIGNALS:
+            is_ctrl_c = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
     config.addinivalue_line("markers", "slow: minutes instead of seconds; run with -m slow")
     config.addinivalue_line("filterwarnings", "error")
     # torchvision's way of unpacking a tarball, on Python 3.12 and 3.13
     config.addinivalue_line("filterwarnings", "ignore:Python 3.14 will:DeprecationWarning")
     config.option.markexpr = config.option.markexpr or "not slow"
-    # A shell's script starts `pytest &` with SIGINT ignored, nohup with SIGHUP. What the
-    # tests start would ignore them as well, and many tests wait for its end.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # Windows has no SIGHUP
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 @pytest.fixture
