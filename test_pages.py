@@ -4,7 +4,6 @@
 and demands that the test it names turns red.
 """
 
-import functools
 import importlib.util
 import json
 import re
@@ -25,10 +24,10 @@ import log
 import recipe
 import testing
 from recipe import PRESETS, TrainConfig
+from testing import make_parser
 from vit import VisionTransformer, ViTConfig
 
 ROOT = Path(__file__).parent
-make_parser = functools.cache(recipe.make_parser)  # it reads its own source
 PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8")
     for name in ("README.md", "TUTORIAL.md", "RESULTS.md")

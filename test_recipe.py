@@ -8,7 +8,6 @@ is read at all stands here.
 
 import ast
 import dataclasses
-import functools
 import inspect
 import math
 import re
@@ -20,10 +19,10 @@ import pytest
 
 import recipe
 from recipe import PRESETS, TrainConfig, build_configs, follow_data, parse, resolve
+from testing import make_parser
 from vit import ViTConfig
 
 HERE = Path(recipe.__file__).parent
-make_parser = functools.cache(recipe.make_parser)  # it reads its own source
 TRAIN = {knob.name: knob for knob in fields(TrainConfig)}
 KNOBS = TRAIN | {knob.name: knob for knob in fields(ViTConfig)}
 # What a run knows and a user does not choose: pictures have three colours, and the data classes.

@@ -1141,7 +1141,6 @@ def test_a_log_that_a_spreadsheet_holds_open_costs_a_warning(monkeypatch, capsys
         replace_file(source, target)
 
     monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
-
     monkeypatch.setattr(os, "replace", refuse)
     assert run() == 0
     [line] = capsys.readouterr().err.splitlines()
