@@ -26,6 +26,7 @@ import checkpoint
 import data
 import evaluate
 import log
+import machine
 import optim
 import recipe
 import train
@@ -367,20 +368,20 @@ def main(argv: list[str] | None = None) -> int:
     add("--compile", action="store_true", help="compile on a CPU, too (takes a minute)")
     args = parser.parse_args(argv)
     try:
-        device = checkpoint.pick_device(args.device)
+        device = machine.pick_device(args.device)
         if args.batch_size is not None and args.batch_size < 4:
             raise ValueError(f"batch_size must be at least 4, got {args.batch_size}")
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
-    checkpoint.limit_threads()
+    machine.limit_threads()
     batch = args.batch_size or (32 if device.type == "cpu" else 1024)
-    dtype = optim.pick_dtype("auto", device)
-    facts = checkpoint.versions(device)
-    machine = f"{facts['device']}, {torch.get_num_threads()} CPU threads"
-    print(f"{machine}, torch {facts['torch']}, commit {facts['commit']}")
+    dtype = machine.pick_dtype("auto", device)
+    facts = machine.versions(device)
+    hardware = f"{facts['device']}, {torch.get_num_threads()} CPU threads"
+    print(f"{hardware}, torch {facts['torch']}, commit {facts['commit']}")
     print(f"  {'':<58}{'median':>9} {'':<10}{'fastest .. slowest':>18}{'ratio':>8}")
     bench_pipeline()
-    half = optim.pick_dtype("bfloat16", device)
+    half = machine.pick_dtype("bfloat16", device)
     bench_models(batch, device, half, compiling=args.compile or device.type == "cuda")
     bench_epoch(batch, device, half)
     bench_scaling(batch, device, dtype)

@@ -5,22 +5,13 @@ Checkpoints: what they hold, how they reach the disk whole, and how they are rea
                configs, the history, and the best weights so far
     best.pt    derived from it: the best weights, with what it takes to use them
 
-    pick_device, limit_threads, versions    the machine a run is on, and what its numbers are
-                                            traced to
-
 Plain data only, so reading one never runs code that hides in a file.
 """
 
-import contextlib
 import io
-import math
 import os
-import platform
-import re
-import subprocess
 import time
 import zipfile
-from pathlib import Path
 
 import torch
 
@@ -187,91 +178,3 @@ def saved_in(out: str) -> str:
     except (ValueError, OSError) as error:
         return f"what was saved cannot be read now ({error})"
     return f"{path} holds epoch {last['epoch']} of {last['train']['epochs']}"
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto": the accelerator that is there, else the CPU.
-
-    ValueError for a device that is not there.
-    """
-    # Unchecked, a torch built for CUDA would name it on a machine without a GPU, too.
-    found = torch.accelerator.current_accelerator(check_available=True)
-    try:
-        device = torch.device(name) if name != "auto" else found or torch.device("cpu")
-    except RuntimeError:
-        raise ValueError(f'unknown device "{name}": expected auto, cpu, cuda or mps') from None
-    absent = f'device "{name}" is not available here; there'
-    if device.type != "cpu" and (found is None or device.type != found.type):
-        raise ValueError(f"{absent} is {found.type if found else 'only cpu'}")
-    if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
-        raise ValueError(f"{absent} are {torch.accelerator.device_count()}")
-    if device.type == "cuda":
-        refuse_unknown_gpu(device)
-    return device
-
-
-def refuse_unknown_gpu(device: torch.device):
-    """ValueError for a GPU that this PyTorch has no code for: its first call would fail.
-
-    Machine code (sm_75 is of capability 7.5) runs on later GPUs of the same major number, code that
-    is compiled at the start (compute_75) on all later ones.
-    """
-    names = [re.match(r"(sm|compute)_(\d+)", name) for name in torch.cuda.get_arch_list()]
-    known = [(name[1], int(name[2])) for name in names if name]
-    if not known:  # AMD's have other names
-        return
-    major, minor = torch.cuda.get_device_capability(device)
-    here = 10 * major + minor
-    if not any(
-        number <= here and (kind == "compute" or number // 10 == major) for kind, number in known
-    ):
-        raise ValueError(
-            f"this PyTorch has no code for {torch.cuda.get_device_name(device)} (sm_{here}), only "
-            f"for {', '.join(torch.cuda.get_arch_list())}: install another build (cu126 for an "
-            f"old GPU, the newest for a new one; see pytorch.org), or use --device cpu"
-        )
-
-
-def limit_threads():
-    """No more threads than a container has cores' time for (docker run --cpus 2).
-
-    PyTorch starts one for every core of the machine. They wait for each other in each operation, so
-    dozens that share the time of two cores are many times slower than two (ollama/ollama#17916).
-    OMP_NUM_THREADS, where it is set, is obeyed.
-    """
-    quota = cpu_quota()
-    if quota < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, int(quota)))
-
-
-def cpu_quota(folder: str = "/sys/fs/cgroup") -> float:
-    """How many cores' time Linux grants to this container; inf where there is no such limit."""
-    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroups v2, v1
-        with contextlib.suppress(OSError, ValueError):  # it is not there; it says "max"
-            words = " ".join(Path(folder, name).read_text() for name in names).split()
-            quota, period = map(float, words)
-            if quota > 0:  # -1 is v1's word for no limit
-                return quota / period
-    return math.inf
-
-
-def versions(device: torch.device) -> dict:
-    """What a number has to be traced to: commit, software, hardware."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), *words]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        except OSError:
-            return "unknown"
-        return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-    # Copied into another repository, this file is below its top, or not kept in it.
-    is_own = git("ls-files", "--full-name", "checkpoint.py") == "checkpoint.py"
-    name = f"{device.type} ({platform.machine()})"
-    return {
-        "commit": git("describe", "--always", "--dirty", "--abbrev=12") if is_own else "unknown",
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a str subclass that weights_only=True refuses
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
-    }

@@ -26,7 +26,8 @@ from torch import Tensor
 import data
 import log
 import pictures
-from checkpoint import build_model, limit_threads, load_checkpoint, pick_device, write_atomically
+from checkpoint import build_model, load_checkpoint, write_atomically
+from machine import limit_threads, pick_device
 from vit import VisionTransformer, ViTConfig
 
 

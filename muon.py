@@ -9,6 +9,8 @@ Its author's text: https://kellerjordan.github.io/posts/muon/
 import torch
 from torch import Tensor
 
+from machine import has_bfloat16
+
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """float (n, rows, columns) -> the same shape and dtype, with singular values near 1.
@@ -21,7 +23,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices  # so that x x^T is the smaller of the two squares
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0):
+    if x.is_cuda and has_bfloat16(x.device):
         x = x.bfloat16()
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # now no singular value is above 1
     a, b, c = 3.4445, -4.7750, 2.0315

@@ -10,10 +10,8 @@ Axes:  B batch   C channels   H, W image height and width   K classes
 """
 
 import copy
-import importlib.util
 import math
 import re
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from machine import pick_dtype
 from muon import Muon
 from recipe import TrainConfig
 from vit import VisionTransformer, ViTConfig
@@ -58,49 +57,6 @@ class State:
         self.scheduler.load_state_dict(state["scheduler"])
         if state["scaler"]:  # empty unless the dtype was float16; a run may move to another GPU
             self.scaler.load_state_dict(state["scaler"])
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; for "auto" float32 on a CPU, on CUDA the 16-bit type the GPU has.
-
-    bfloat16 needs no loss scaling, but GPUs before Ampere only emulate it: they compute in float16
-    instead. So does a CPU that lacks its instructions, AVX512_BF16, in float32: a product takes it
-    twice as long in bfloat16 with AVX-512 alone (uxlfoundation/oneDNN#493), and 40 to 500 times
-    without (pytorch/pytorch#146508).
-    """
-    if name in ("auto", "bfloat16") and device.type == "cuda":
-        name = "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    if name == "bfloat16" and device.type == "cpu":
-        has_it = torch.cpu._is_avx512_bf16_supported()  # PyTorch 2.10 has no public way to ask
-        name = "bfloat16" if has_it else "float32"
-    return torch.float32 if name == "auto" else getattr(torch, name)
-
-
-def can_compile(device: torch.device) -> bool:
-    """torch.compile pays on CUDA; its code generator, Triton, needs a GPU of Volta or younger."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (7, 0)
-
-
-def compiler_fault(device: torch.device) -> str | None:
-    """What torch.compile says when it fails on a trivial function here, in one line; else None."""
-    try:
-        torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(8, device=device))
-    except Exception as error:  # no C++ compiler, one that fails, no Triton: types of many modules
-        return str(error).strip().partition("\n")[0] or type(error).__name__
-    return None
-
-
-def should_compile(config: TrainConfig, device: torch.device) -> bool:
-    """Whether to compile: if it was asked for, or by default where it pays; and if it works."""
-    wanted = can_compile(device) if config.compile is None else config.compile
-    fault = compiler_fault(device) if wanted else None
-    if fault and config.compile:
-        raise ValueError(f"--compile: torch.compile does not work here: {fault}")
-    if fault:
-        print(f"warning: not compiled, since torch.compile fails: {fault}", file=sys.stderr)
-    return wanted and not fault
 
 
 def parameter_groups(model: VisionTransformer, weight_decay: float) -> list[dict]:

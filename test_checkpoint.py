@@ -3,22 +3,19 @@ The specification of checkpoint.py: what reaches the disk is whole, what is read
 run is written over.
 
 Failures are real ones where that can be done: the kernel's own full disk, signals that arrive while
-a file is written, folders of another user, repositories of git.
+a file is written, folders of another user.
 """
 
 import builtins
 import contextlib
 import errno
 import fcntl
-import math
 import multiprocessing
 import os
 import pickle
-import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,36 +28,12 @@ import torch
 from PIL import Image
 
 import checkpoint
-import evaluate
 import train
 from checkpoint import best_of, build_model, check_out, load_checkpoint, save_checkpoint, saved_in
-from testing import (
-    DATASET,
-    FSYNC,
-    HERE,
-    Kill,
-    Payload,
-    difference,
-    flat,
-    pretend,
-    run,
-    small_batch,
-    tree,
-)
+from testing import DATASET, FSYNC, Kill, Payload, difference, flat, refusal, run, small_batch, tree
 from vit import ViTConfig
 
 pytestmark = pytest.mark.usefixtures("tiny", "here")
-
-VERSIONS = checkpoint.versions  # before `tiny` replaces it
-
-
-def refusal(call, *args):
-    """The text of the ValueError that this call ends in; it has one line."""
-    with pytest.raises(ValueError) as caught:
-        call(*args)
-    text = str(caught.value)
-    assert text and "\n" not in text
-    return text
 
 
 def read(path):
@@ -592,194 +565,3 @@ def test_where_there_are_no_locks_a_run_goes_on_without(monkeypatch):
     os.close(checkpoint.lock("out"))
     monkeypatch.setitem(sys.modules, "fcntl", None)
     assert checkpoint.lock("out") is None
-
-
-# ---- The device, and where the numbers come from ----
-
-
-def test_auto_is_the_accelerator_that_is_there(monkeypatch):
-    pretend(monkeypatch, "cuda")
-    for name, kind in {"auto": "cuda", "cuda": "cuda", "cuda:1": "cuda:1", "cpu": "cpu"}.items():
-        assert checkpoint.pick_device(name) == torch.device(kind)
-    pretend(monkeypatch, None)
-    for name in ("auto", "cpu"):
-        assert checkpoint.pick_device(name) == torch.device("cpu")
-
-
-@pytest.mark.parametrize(
-    "there, name, text",
-    [
-        ("cuda", "mps", 'device "mps" is not available here; there is cuda'),
-        ("cuda", "cuda:2", 'device "cuda:2" is not available here; there are 2'),
-        (None, "cuda", 'device "cuda" is not available here; there is only cpu'),
-        (None, "mps", 'device "mps" is not available here; there is only cpu'),
-        ("cuda", "tpu!", 'unknown device "tpu!": expected auto, cpu, cuda or mps'),
-        (None, "gpu", 'unknown device "gpu": expected auto, cpu, cuda or mps'),
-    ],
-)
-def test_a_device_that_is_not_there_is_refused_with_what_there_is(there, name, text, monkeypatch):
-    pretend(monkeypatch, there)
-    assert refusal(checkpoint.pick_device, name) == text
-
-
-def test_a_gpu_that_this_pytorch_has_no_code_for_is_refused(monkeypatch):
-    """Kaggle's P100 is a 6.0, wheels begin at 7.5: its first call would end in a traceback."""
-    pretend(monkeypatch, "cuda")
-    capability = {"cuda": (6, 0), "cuda:0": (6, 0), "cuda:1": (7, 5)}
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_100a", "compute_120"])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "P100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability[str(d)])
-    for name in ("auto", "cuda", "cuda:0"):
-        text = refusal(checkpoint.pick_device, name)
-        found = "no code for P100 (sm_60), only for sm_75, sm_100a, compute_120: "
-        assert text.startswith(f"this PyTorch has {found}")
-    assert checkpoint.pick_device("cuda:1") == torch.device("cuda:1")
-    assert checkpoint.pick_device("cpu") == torch.device("cpu")
-
-
-@pytest.mark.parametrize(
-    "names, capability, runs",
-    [
-        ("sm_75 sm_80 sm_90", (8, 6), True),  # machine code of the same major number
-        ("sm_75 sm_80 sm_90", (12, 0), False),
-        ("sm_75 sm_86 sm_90", (8, 0), False),
-        ("sm_90 sm_100a sm_120", (10, 3), True),
-        ("sm_80 sm_90 compute_90", (12, 0), True),  # compiled at the start
-        ("sm_80 compute_90", (7, 5), False),
-        ("sm_75 compute_60", (6, 1), True),
-        ("gfx90a", (9, 0), True),  # AMD
-        ("", (9, 0), True),
-    ],
-)
-def test_code_runs_on_later_gpus_of_its_kind(names, capability, runs, monkeypatch):
-    pretend(monkeypatch, "cuda")
-    monkeypatch.setattr(torch.cuda, "get_arch_list", names.split)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    if runs:
-        assert checkpoint.pick_device("cuda") == torch.device("cuda")
-    else:
-        refusal(checkpoint.pick_device, "cuda")
-
-
-@pytest.mark.parametrize(
-    "files, quota",
-    [
-        ({"cpu.max": "150000 100000\n"}, 1.5),
-        ({"cpu.max": "max 100000\n"}, math.inf),
-        ({"cpu/cpu.cfs_quota_us": "765000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 7.65),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
-        ({"cpu/cpu.cfs_quota_us": "200000\n"}, math.inf),
-        ({}, math.inf),
-    ],
-)
-def test_the_time_that_a_container_has_is_read_as_linux_writes_it(files, quota, tmp_path):
-    """docs.kernel.org, admin-guide/cgroup-v2 (cpu.max) and scheduler/sched-bwc, version 1."""
-    (tmp_path / "cpu").mkdir()
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    assert checkpoint.cpu_quota(str(tmp_path)) == quota
-
-
-@pytest.fixture
-def threads(monkeypatch):
-    """Counts the threads after a call, of the eight there were before, with that quota."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-
-    def after(quota, call):
-        monkeypatch.setattr(checkpoint, "cpu_quota", lambda: quota)
-        torch.set_num_threads(8)
-        call()
-        return torch.get_num_threads()
-
-    yield after
-    torch.set_num_threads(1)
-
-
-@pytest.mark.parametrize("quota, expected", [(7.65, 7), (0.5, 1), (8.0, 8), (12.0, 8)])
-def test_no_more_threads_than_a_container_has_time_for(quota, expected, threads, monkeypatch):
-    """Rounded down: one too many is enough for all to wait. What the user has set is obeyed."""
-    assert threads(quota, checkpoint.limit_threads) == expected
-    monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    assert threads(quota, checkpoint.limit_threads) == 8
-
-
-def test_training_and_evaluating_keep_to_the_threads_of_a_container(threads):
-    assert threads(2.0, lambda: run("--max-minutes", 1e-9)) == 2
-    assert threads(2.0, lambda: evaluate.main(["out/last.pt"])) == 2
-
-
-def git(*words, folder="."):
-    names = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "init.defaultBranch=main"]
-    done = subprocess.run(["git", "-C", folder, *names, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def commit_in(folder, monkeypatch):
-    """What a run would say of itself if the files lay there."""
-    monkeypatch.setattr(checkpoint, "__file__", str(Path(folder, "checkpoint.py")))
-    return VERSIONS(torch.device("cpu"))["commit"]
-
-
-def copy_files(folder):
-    os.makedirs(folder, exist_ok=True)
-    for name in ("checkpoint.py", "vit.py"):
-        shutil.copy(HERE / name, folder)
-
-
-def test_the_facts_are_text_that_a_checkpoint_may_hold():
-    """Commit, software, hardware. weights_only=True refuses torch.__version__ itself."""
-    facts = VERSIONS(torch.device("cpu"))
-    assert facts["torch"] == str(torch.__version__) and type(facts["torch"]) is str
-    assert facts["python"] == sys.version.split()[0] and facts["device"].startswith("cpu (")
-    assert re.fullmatch("unknown|[0-9a-f]{12}(-dirty)?", facts["commit"])
-    save_checkpoint(facts, "a.pt")
-    assert read("a.pt") == flat(facts)
-
-
-needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git here")
-
-
-@needs_git
-def test_the_commit_is_that_of_the_files_and_says_whether_they_were_changed(monkeypatch):
-    copy_files("mine")
-    git("init", folder="mine")
-    git("add", ".", folder="mine")
-    git("commit", "-m", "a", folder="mine")
-    head = git("rev-parse", "HEAD", folder="mine")
-    assert commit_in("mine", monkeypatch) == head[:12]
-    Path("mine/vit.py").write_text("changed")
-    assert commit_in("mine", monkeypatch) == f"{head[:12]}-dirty"
-
-
-@needs_git
-def test_files_that_were_copied_into_another_repository_are_of_no_commit_of_it(monkeypatch):
-    """Below its top, kept in it or not; and at its top, where they are not kept in it."""
-    os.makedirs("other")
-    Path("other/a.txt").write_text("a")
-    git("init", folder="other")
-    git("add", ".", folder="other")
-    git("commit", "-m", "a", folder="other")
-    copy_files("other")
-    copy_files("other/below")
-    assert commit_in("other", monkeypatch) == commit_in("other/below", monkeypatch) == "unknown"
-    git("add", "below", folder="other")
-    git("commit", "-m", "b", folder="other")
-    assert commit_in("other/below", monkeypatch) == "unknown"
-
-
-def test_what_git_says_in_another_encoding_is_no_reason_to_stop(monkeypatch):
-    """Of a folder called caf\\xe9, say, that belongs to somebody else."""
-    Path("git").write_text("#!/bin/sh\nprintf 'dubious ownership in caf\\351' >&2; exit 128\n")
-    os.chmod("git", 0o700)
-    monkeypatch.setenv("PATH", os.getcwd(), prepend=os.pathsep)
-    assert commit_in(HERE, monkeypatch) == "unknown"
-
-
-def test_without_git_or_a_repository_the_commit_is_unknown(monkeypatch):
-    copy_files("alone")
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", os.getcwd())
-    assert commit_in("alone", monkeypatch) == "unknown"
-    monkeypatch.setenv("PATH", "")
-    assert commit_in(HERE, monkeypatch) == "unknown"

@@ -90,23 +90,7 @@ def program(*words):
         return exit.code
 
 
-# ---- 1 Devices and logits ----
-
-
-def test_auto_is_the_accelerator_that_is_there(monkeypatch):
-    pretend(monkeypatch, "cuda")
-    for name, kind in {"auto": "cuda", "cuda": "cuda", "cuda:1": "cuda:1", "cpu": "cpu"}.items():
-        assert checkpoint.pick_device(name) == torch.device(kind)
-    wrong = {"mps": "there is cuda", "cuda:2": "there are 2", "tpu!": "unknown device"}
-    for name, text in wrong.items():
-        with pytest.raises(ValueError, match=text):
-            checkpoint.pick_device(name)
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
-    assert checkpoint.pick_device("cuda") == torch.device("cuda")
-    pretend(monkeypatch, None)
-    assert checkpoint.pick_device("auto") == torch.device("cpu")
-    with pytest.raises(ValueError, match="there is only cpu"):
-        checkpoint.pick_device("cuda")
+# ---- 1 Logits ----
 
 
 class Recorder(nn.Module):

@@ -11,8 +11,6 @@ import io
 import math
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import optim
 from recipe import TrainConfig
-from testing import ALONE, DATASET, difference, flat, rng, small_batch, small_state, weights
+from testing import DATASET, difference, flat, rng, small_batch, small_state, weights
 from vit import VisionTransformer, ViTConfig
 
 pytestmark = pytest.mark.usefixtures("tiny", "here")
@@ -107,114 +105,7 @@ def test_a_state_loads_where_another_dtype_is_computed_with(there, here):
     assert state.scheduler.last_epoch == 1
 
 
-# ---- What the machine can do ----
-
-
-def test_the_dtype_is_the_fastest_one_that_the_device_really_has(monkeypatch):
-    """A T4 (7.5) only emulates bfloat16; its is_bf16_supported() says yes all the same."""
-    expected = {(9, 0): torch.bfloat16, (8, 0): torch.bfloat16, (7, 5): torch.float16}
-    for capability, dtype in expected.items():
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert optim.pick_dtype("auto", CUDA) == optim.pick_dtype("bfloat16", CUDA) == dtype
-        assert optim.pick_dtype("float16", CUDA) == torch.float16
-    assert optim.pick_dtype("auto", CPU) == optim.pick_dtype("auto", torch.device("mps"))
-    assert optim.pick_dtype("auto", CPU) == optim.pick_dtype("float32", CUDA) == torch.float32
-    assert optim.pick_dtype("float16", CPU) == torch.float16
-
-
-@pytest.mark.parametrize("found, dtype", [(True, torch.bfloat16), (False, torch.float32)])
-def test_bfloat16_is_not_for_cpus_that_only_emulate_it(found, dtype, monkeypatch):
-    """With AVX-512 but without AVX512_BF16, as many Xeons in the cloud are, a product takes twice
-    as long, and without AVX-512 40 to 500 times. An accelerator has its own."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: found)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert optim.pick_dtype("bfloat16", CPU) == dtype
-    assert optim.pick_dtype("bfloat16", torch.device("mps")) == torch.bfloat16
-    assert optim.pick_dtype("float16", CPU) == torch.float16
-
-
-def test_compiling_is_the_default_where_triton_can_do_it_and_nowhere_else(monkeypatch):
-    """Triton wants a GPU of compute capability 7.0, and does not exist on every system."""
-    there = True
-    monkeypatch.setattr(optim.importlib.util, "find_spec", lambda name: there or None)
-    for capability, expected in {(9, 0): True, (7, 0): True, (6, 1): False}.items():
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert optim.can_compile(CUDA) == expected
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert not optim.can_compile(CPU)
-    there = False
-    assert not optim.can_compile(CUDA)
-
-
-def failing(error):
-    """A torch.compile whose function fails when it is called, as the real one does."""
-
-    def compile_(function, **options):
-        def call(*args):
-            raise error
-
-        return call
-
-    return compile_
-
-
-def test_what_torch_compile_says_of_a_broken_machine_is_its_first_line(monkeypatch):
-    """It says it in 115 lines, when the function is called and not before."""
-    for text, line in {"\nNo C++ compiler\n  at x\n" * 9: "No C++ compiler", "": "OSError"}.items():
-        monkeypatch.setattr(torch, "compile", failing(OSError(text)))
-        assert optim.compiler_fault(CPU) == line
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    assert optim.compiler_fault(CPU) is None
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
-@pytest.mark.parametrize("compiler", ["/nonexistent", "./broken", "g++"])
-def test_a_machine_without_a_working_compiler_is_found_out(compiler, here):
-    """The real torch.compile, in a process of its own; it has a cache, which is not to help."""
-    (here / "broken").write_text("#!/bin/sh\nexit 1\n")
-    (here / "broken").chmod(0o755)
-    code = "import optim, torch; print(optim.compiler_fault(torch.device('cpu')))"
-    env = {**ALONE, "CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(here / "cache")}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    [fault] = done.stdout.splitlines()
-    assert (fault == "None") == (compiler == "g++") and "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    "asked, pays, works, compiled",
-    [
-        (None, True, True, True),
-        (None, True, False, False),
-        (None, False, None, False),  # works is None: it is not tried, for that takes seconds
-        (True, True, True, True),
-        (True, False, True, True),
-        (False, True, None, False),
-    ],
-)
-def test_what_was_asked_for_is_compiled_and_else_what_pays_and_works(
-    asked, pays, works, compiled, monkeypatch, capsys
-):
-    """Not compiling for want of a compiler costs one line."""
-    monkeypatch.setattr(optim, "can_compile", lambda device: pays)
-    compile_ = lambda function, **_: function  # noqa: E731
-    if not works:
-        compile_ = failing(AssertionError("tried") if works is None else OSError("no g++\n at"))
-    monkeypatch.setattr(torch, "compile", compile_)
-    assert optim.should_compile(TrainConfig(compile=asked), CUDA if works is None else CPU) == (
-        compiled
-    )
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == (
-        ["warning: not compiled, since torch.compile fails: no g++"] * (works is False)
-    )
-
-
-def test_compiling_that_was_asked_for_and_fails_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch, "compile", failing(OSError("no g++\n at")))
-    with pytest.raises(ValueError, match=r"^--compile: .* does not work here: no g\+\+$"):
-        optim.should_compile(TrainConfig(compile=True), CPU)
+# ---- What training calls ----
 
 
 def test_a_pytorch_without_distributed_trains(monkeypatch):

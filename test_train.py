@@ -53,6 +53,7 @@ import checkpoint
 import data
 import evaluate
 import log
+import machine
 import optim
 import recipe
 import train
@@ -384,7 +385,7 @@ def test_without_a_compiler_a_run_goes_on_unless_it_was_asked_for_one(monkeypatc
     assert run("--compile") == 2 and not tree()
     [line] = capsys.readouterr().err.splitlines()
     assert "no C++ compiler" in line and "--compile" in line
-    monkeypatch.setattr(optim, "can_compile", lambda device: True)  # the default, on CUDA
+    monkeypatch.setattr(machine, "can_compile", lambda device: True)  # the default, on CUDA
     assert run() == 0
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: ") and "no C++ compiler" in line
@@ -2009,11 +2010,11 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch._C, "_group_tensors_by_device_and_dtype", group)
     monkeypatch.setattr(torch, "autocast", on_cpu(torch.autocast))
     monkeypatch.setattr(torch.amp, "GradScaler", on_cpu(torch.amp.GradScaler))
-    for room in (checkpoint, evaluate):
+    for room in (machine, evaluate):
         monkeypatch.setattr(room, "pick_device", torch.device)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(optim, "can_compile", lambda device: False)
+    monkeypatch.setattr(machine, "can_compile", lambda device: False)
     monkeypatch.setattr(train, "save_pause", lambda device: 0.0)
     return PretendedGPU()
 
@@ -2119,14 +2120,15 @@ BELOW = {
     "pictures": "",
     "data": "pictures",
     "augment": "data",
-    "muon": "",
+    "machine": "",
+    "muon": "machine",
     "recipe": "vit",
-    "optim": "vit muon recipe",
+    "optim": "vit machine muon recipe",
     "checkpoint": "vit",
     "log": "checkpoint",
-    "evaluate": "vit pictures data checkpoint log",
-    "train": "vit pictures data augment muon recipe optim checkpoint log evaluate",
-    "bench": "vit pictures data augment muon recipe optim checkpoint log evaluate train",
+    "evaluate": "vit pictures data machine checkpoint log",
+    "train": "vit pictures data augment machine muon recipe optim checkpoint log evaluate",
+    "bench": "vit pictures data augment machine muon recipe optim checkpoint log evaluate train",
 }
 OUTSIDE = {
     "pictures": "numpy PIL tqdm",

@@ -15,10 +15,10 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
-import checkpoint
 import data
 import evaluate
 import log
+import machine
 import optim
 import recipe
 import train
@@ -140,7 +140,7 @@ def tiny_world():
         patch.setattr(log, "measure_peak", lambda *_: 1e12)
         patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # 16 bits, too
         facts = {"torch": "2", "commit": "c", "device": "cpu"}
-        patch.setattr(checkpoint, "versions", lambda *_: facts)
+        patch.setattr(machine, "versions", lambda *_: facts)
         # else a third of a tiny run's time: Matplotlib's settings, the parser that reads its own
         # source, and the wait for the disk, for which test_checkpoint.py has its own tests
         draw = evaluate.draw
@@ -229,6 +229,15 @@ def on_call(monkeypatch, owner, name, number, action):
 
 def kill(*_):
     raise Kill
+
+
+def refusal(call, *args):
+    """The text of the ValueError that this call ends in; it has one line."""
+    with pytest.raises(ValueError) as caught:
+        call(*args)
+    text = str(caught.value)
+    assert text and "\n" not in text
+    return text
 
 
 def pretend(monkeypatch, accelerator):

@@ -37,6 +37,7 @@ import checkpoint
 import data
 import evaluate
 import log
+import machine
 import optim
 import recipe
 from recipe import TrainConfig
@@ -189,8 +190,8 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         )
 
     # the device
-    device = checkpoint.pick_device(config.device)
-    checkpoint.limit_threads()
+    device = machine.pick_device(config.device)
+    machine.limit_threads()
     if config.dataset in data.CIFAR_STATISTICS:  # before a download
         recipe.refuse_hours(config, vit_config, device.type, 45_000)
     if config.deterministic:
@@ -235,7 +236,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
 
     # the model, its optimizer and its schedule
     steps = n // config.batch_size * config.epochs
-    compiled = optim.should_compile(config, device)
+    compiled = machine.should_compile(config.compile, device)
     state = optim.build_state(config, vit_config, steps, device, compiled)
     run = Run(
         config, vit_config, dataset, device, rank, world, train_set, val_set, state, fingerprint
@@ -245,7 +246,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
         run.peak = log.measure_peak(device, state.dtype) * world
-        run.versions = checkpoint.versions(device)
+        run.versions = machine.versions(device)
         print(log.describe_run(run, steps))
         loss = math.nan
         if run.epoch == 0:

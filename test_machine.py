@@ -1,0 +1,334 @@
+"""
+The specification of machine.py: a run computes where it was told to, in what the device really has,
+with the threads it has time for; and its numbers can be traced.
+
+GPUs are pretended. Repositories of git are real.
+"""
+
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import machine
+from checkpoint import save_checkpoint
+from testing import ALONE, HERE, flat, pretend, refusal, run
+
+pytestmark = pytest.mark.usefixtures("tiny", "here")
+
+VERSIONS = machine.versions  # before `tiny` replaces it
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+# ---- The device ----
+
+
+def test_auto_is_the_accelerator_that_is_there(monkeypatch):
+    pretend(monkeypatch, "cuda")
+    for name, kind in {"auto": "cuda", "cuda": "cuda", "cuda:1": "cuda:1", "cpu": "cpu"}.items():
+        assert machine.pick_device(name) == torch.device(kind)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert machine.pick_device("cuda") == torch.device("cuda")
+    pretend(monkeypatch, None)
+    for name in ("auto", "cpu"):
+        assert machine.pick_device(name) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "there, name, text",
+    [
+        ("cuda", "mps", 'device "mps" is not available here; there is cuda'),
+        ("cuda", "cuda:2", 'device "cuda:2" is not available here; there are 2'),
+        (None, "cuda", 'device "cuda" is not available here; there is only cpu'),
+        (None, "mps", 'device "mps" is not available here; there is only cpu'),
+        ("cuda", "tpu!", 'unknown device "tpu!": expected auto, cpu, cuda or mps'),
+        (None, "gpu", 'unknown device "gpu": expected auto, cpu, cuda or mps'),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_with_what_there_is(there, name, text, monkeypatch):
+    pretend(monkeypatch, there)
+    assert refusal(machine.pick_device, name) == text
+
+
+def test_a_gpu_that_this_pytorch_has_no_code_for_is_refused(monkeypatch):
+    """Kaggle's P100 is a 6.0, wheels begin at 7.5: its first call would end in a traceback."""
+    pretend(monkeypatch, "cuda")
+    capability = {"cuda": (6, 0), "cuda:0": (6, 0), "cuda:1": (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_100a", "compute_120"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "P100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability[str(d)])
+    for name in ("auto", "cuda", "cuda:0"):
+        text = refusal(machine.pick_device, name)
+        found = "no code for P100 (sm_60), only for sm_75, sm_100a, compute_120: "
+        assert text.startswith(f"this PyTorch has {found}")
+    assert machine.pick_device("cuda:1") == torch.device("cuda:1")
+    assert machine.pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "names, capability, runs",
+    [
+        ("sm_75 sm_80 sm_90", (8, 6), True),  # machine code of the same major number
+        ("sm_75 sm_80 sm_90", (12, 0), False),
+        ("sm_75 sm_86 sm_90", (8, 0), False),
+        ("sm_90 sm_100a sm_120", (10, 3), True),
+        ("sm_80 sm_90 compute_90", (12, 0), True),  # compiled at the start
+        ("sm_80 compute_90", (7, 5), False),
+        ("sm_75 compute_60", (6, 1), True),
+        ("gfx90a", (9, 0), True),  # AMD
+        ("", (9, 0), True),
+    ],
+)
+def test_code_runs_on_later_gpus_of_its_kind(names, capability, runs, monkeypatch):
+    pretend(monkeypatch, "cuda")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", names.split)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    if runs:
+        assert machine.pick_device("cuda") == torch.device("cuda")
+    else:
+        refusal(machine.pick_device, "cuda")
+
+
+# ---- What it computes in, and whether to compile ----
+
+
+def test_the_dtype_is_the_fastest_one_that_the_device_really_has(monkeypatch):
+    """A T4 (7.5) only emulates bfloat16; its is_bf16_supported() says yes all the same."""
+    expected = {(9, 0): torch.bfloat16, (8, 0): torch.bfloat16, (7, 5): torch.float16}
+    for capability, dtype in expected.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert machine.pick_dtype("auto", CUDA) == machine.pick_dtype("bfloat16", CUDA) == dtype
+        assert machine.pick_dtype("float16", CUDA) == torch.float16
+    assert machine.pick_dtype("auto", CPU) == machine.pick_dtype("auto", torch.device("mps"))
+    assert machine.pick_dtype("auto", CPU) == machine.pick_dtype("float32", CUDA) == torch.float32
+    assert machine.pick_dtype("float16", CPU) == torch.float16
+
+
+@pytest.mark.parametrize("found, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_is_not_for_cpus_that_only_emulate_it(found, dtype, monkeypatch):
+    """With AVX-512 but without AVX512_BF16, as many Xeons in the cloud are, a product takes twice
+    as long, and without AVX-512 40 to 500 times. An accelerator has its own."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: found)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert machine.pick_dtype("bfloat16", CPU) == dtype
+    assert machine.pick_dtype("bfloat16", torch.device("mps")) == torch.bfloat16
+    assert machine.pick_dtype("float16", CPU) == torch.float16
+
+
+def test_compiling_is_the_default_where_triton_can_do_it_and_nowhere_else(monkeypatch):
+    """Triton wants a GPU of compute capability 7.0, and does not exist on every system."""
+    there = True
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: there or None)
+    for capability, expected in {(9, 0): True, (7, 0): True, (6, 1): False}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert machine.can_compile(CUDA) == expected
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert not machine.can_compile(CPU)
+    there = False
+    assert not machine.can_compile(CUDA)
+
+
+def failing(error):
+    """A torch.compile whose function fails when it is called, as the real one does."""
+
+    def compile_(function, **options):
+        def call(*args):
+            raise error
+
+        return call
+
+    return compile_
+
+
+def test_what_torch_compile_says_of_a_broken_machine_is_its_first_line(monkeypatch):
+    """It says it in 115 lines, when the function is called and not before."""
+    for text, line in {"\nNo C++ compiler\n  at x\n" * 9: "No C++ compiler", "": "OSError"}.items():
+        monkeypatch.setattr(torch, "compile", failing(OSError(text)))
+        assert machine.compiler_fault(CPU) == line
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert machine.compiler_fault(CPU) is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+@pytest.mark.parametrize("compiler", ["/nonexistent", "./broken", "g++"])
+def test_a_machine_without_a_working_compiler_is_found_out(compiler, here):
+    """The real torch.compile, in a process of its own; it has a cache, which is not to help."""
+    (here / "broken").write_text("#!/bin/sh\nexit 1\n")
+    (here / "broken").chmod(0o755)
+    code = "import machine, torch; print(machine.compiler_fault(torch.device('cpu')))"
+    env = {**ALONE, "CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(here / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [fault] = done.stdout.splitlines()
+    assert (fault == "None") == (compiler == "g++") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "asked, pays, works, compiled",
+    [
+        (None, True, True, True),
+        (None, True, False, False),
+        (None, False, None, False),  # works is None: it is not tried, for that takes seconds
+        (True, True, True, True),
+        (True, False, True, True),
+        (False, True, None, False),
+    ],
+)
+def test_what_was_asked_for_is_compiled_and_else_what_pays_and_works(
+    asked, pays, works, compiled, monkeypatch, capsys
+):
+    """Not compiling for want of a compiler costs one line."""
+    monkeypatch.setattr(machine, "can_compile", lambda device: pays)
+    compile_ = lambda function, **_: function  # noqa: E731
+    if not works:
+        compile_ = failing(AssertionError("tried") if works is None else OSError("no g++\n at"))
+    monkeypatch.setattr(torch, "compile", compile_)
+    assert machine.should_compile(asked, CUDA if works is None else CPU) == (compiled)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == (
+        ["warning: not compiled, since torch.compile fails: no g++"] * (works is False)
+    )
+
+
+def test_compiling_that_was_asked_for_and_fails_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch, "compile", failing(OSError("no g++\n at")))
+    with pytest.raises(ValueError, match=r"^--compile: .* does not work here: no g\+\+$"):
+        machine.should_compile(True, CPU)
+
+
+# ---- Threads ----
+
+
+@pytest.mark.parametrize(
+    "files, quota",
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "765000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 7.65),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "200000\n"}, math.inf),
+        ({}, math.inf),
+    ],
+)
+def test_the_time_that_a_container_has_is_read_as_linux_writes_it(files, quota, tmp_path):
+    """docs.kernel.org, admin-guide/cgroup-v2 (cpu.max) and scheduler/sched-bwc, version 1."""
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert machine.cpu_quota(str(tmp_path)) == quota
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Counts the threads after a call, of the eight there were before, with that quota."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def after(quota, call):
+        monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
+        torch.set_num_threads(8)
+        call()
+        return torch.get_num_threads()
+
+    yield after
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("quota, expected", [(7.65, 7), (0.5, 1), (8.0, 8), (12.0, 8)])
+def test_no_more_threads_than_a_container_has_time_for(quota, expected, threads, monkeypatch):
+    """Rounded down: one too many is enough for all to wait. What the user has set is obeyed."""
+    assert threads(quota, machine.limit_threads) == expected
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert threads(quota, machine.limit_threads) == 8
+
+
+def test_training_and_evaluating_keep_to_the_threads_of_a_container(threads):
+    assert threads(2.0, lambda: run("--max-minutes", 1e-9)) == 2
+    assert threads(2.0, lambda: evaluate.main(["out/last.pt"])) == 2
+
+
+# ---- Where the numbers come from ----
+
+
+def git(*words, folder="."):
+    names = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "init.defaultBranch=main"]
+    done = subprocess.run(["git", "-C", folder, *names, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def commit_in(folder, monkeypatch):
+    """What a run would say of itself if the files lay there."""
+    monkeypatch.setattr(machine, "__file__", str(Path(folder, "machine.py")))
+    return VERSIONS(torch.device("cpu"))["commit"]
+
+
+def copy_files(folder):
+    os.makedirs(folder, exist_ok=True)
+    for name in ("machine.py", "vit.py"):
+        shutil.copy(HERE / name, folder)
+
+
+def test_the_facts_are_text_that_a_checkpoint_may_hold():
+    """Commit, software, hardware. weights_only=True refuses torch.__version__ itself."""
+    facts = VERSIONS(torch.device("cpu"))
+    assert facts["torch"] == str(torch.__version__) and type(facts["torch"]) is str
+    assert facts["python"] == sys.version.split()[0] and facts["device"].startswith("cpu (")
+    assert re.fullmatch("unknown|[0-9a-f]{12}(-dirty)?", facts["commit"])
+    save_checkpoint(facts, "a.pt")
+    assert flat(torch.load("a.pt", weights_only=True)) == flat(facts)
+
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git here")
+
+
+@needs_git
+def test_the_commit_is_that_of_the_files_and_says_whether_they_were_changed(monkeypatch):
+    copy_files("mine")
+    git("init", folder="mine")
+    git("add", ".", folder="mine")
+    git("commit", "-m", "a", folder="mine")
+    head = git("rev-parse", "HEAD", folder="mine")
+    assert commit_in("mine", monkeypatch) == head[:12]
+    Path("mine/vit.py").write_text("changed")
+    assert commit_in("mine", monkeypatch) == f"{head[:12]}-dirty"
+
+
+@needs_git
+def test_files_that_were_copied_into_another_repository_are_of_no_commit_of_it(monkeypatch):
+    """Below its top, kept in it or not; and at its top, where they are not kept in it."""
+    os.makedirs("other")
+    Path("other/a.txt").write_text("a")
+    git("init", folder="other")
+    git("add", ".", folder="other")
+    git("commit", "-m", "a", folder="other")
+    copy_files("other")
+    copy_files("other/below")
+    assert commit_in("other", monkeypatch) == commit_in("other/below", monkeypatch) == "unknown"
+    git("add", "below", folder="other")
+    git("commit", "-m", "b", folder="other")
+    assert commit_in("other/below", monkeypatch) == "unknown"
+
+
+def test_what_git_says_in_another_encoding_is_no_reason_to_stop(monkeypatch):
+    """Of a folder called caf\\xe9, say, that belongs to somebody else."""
+    Path("git").write_text("#!/bin/sh\nprintf 'dubious ownership in caf\\351' >&2; exit 128\n")
+    os.chmod("git", 0o700)
+    monkeypatch.setenv("PATH", os.getcwd(), prepend=os.pathsep)
+    assert commit_in(HERE, monkeypatch) == "unknown"
+
+
+def test_without_git_or_a_repository_the_commit_is_unknown(monkeypatch):
+    copy_files("alone")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", os.getcwd())
+    assert commit_in("alone", monkeypatch) == "unknown"
+    monkeypatch.setenv("PATH", "")
+    assert commit_in(HERE, monkeypatch) == "unknown"
