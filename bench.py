@@ -278,7 +278,7 @@ def bench_epoch(batch: int, device, half: torch.dtype):
         peak = torch.cuda.max_memory_allocated() / 2**30
         print(f"  peak of the device, training at batch {batch}: {peak:.2f} GiB")
 
-    peak = log.measure_peak(device, state.dtype)
+    peak = machine.measure_peak(device, state.dtype)
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     copy = {f"copy of {source.nbytes >> 20} MiB": (lambda: target.copy_(source), 1)}

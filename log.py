@@ -19,8 +19,6 @@ import sys
 import threading
 import time
 
-import torch
-
 from checkpoint import write_atomically
 
 COLUMNS = (  # of log.csv: name, title on the screen (none: not shown), width, format
@@ -90,22 +88,6 @@ def read_log(path: str) -> list[dict]:
         return history
     except (KeyError, TypeError, ValueError, csv.Error):
         raise ValueError(f"{path} is not a log of train.py any more") from None
-
-
-def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product here, the best of a few: the 100 % of the log's MFU."""
-    n = 1024
-    if device.type != "cpu":
-        n = 8192
-    elif dtype == torch.float16:  # emulated there
-        n = 256
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        (a @ b)[0, 0].item()  # item() waits until it is computed
-        seconds.append(time.perf_counter() - began)
-    return 2 * n**3 / min(seconds)
 
 
 def describe_model(config) -> str:

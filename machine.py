@@ -1,7 +1,6 @@
 """
-The machine a run is on: its device, what that computes in, whether to compile, how many threads.
-
-versions() says what the numbers of a run are traced to.
+The machine a run is on: its device, what that computes in, whether to compile; how many processes
+and threads; how fast it is, and what the numbers of a run are traced to.
 """
 
 import contextlib
@@ -12,9 +11,12 @@ import platform
 import re
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 
 def pick_device(name: str) -> torch.device:
@@ -116,6 +118,22 @@ def should_compile(asked: bool | None, device: torch.device) -> bool:
     return wanted and not fault
 
 
+def join_processes(device: torch.device, world: int) -> torch.device:
+    """Join the other processes of a run. Returns the device of this one.
+
+    ValueError for more of them than this machine has GPUs.
+    """
+    if device.type == "cuda":
+        here, gpus = os.environ.get("LOCAL_WORLD_SIZE", world), torch.cuda.device_count()
+        if int(here) > gpus:
+            raise ValueError(f"{here} processes need as many GPUs, and here are {gpus}")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    wait = timedelta(hours=3)  # while rank 0 downloads, decodes or evaluates
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
+    return device
+
+
 def limit_threads():
     """No more threads than a container has cores' time for (docker run --cpus 2).
 
@@ -137,6 +155,22 @@ def cpu_quota(folder: str = "/sys/fs/cgroup") -> float:
             if quota > 0:  # -1 is v1's word for no limit
                 return quota / period
     return math.inf
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product here, the best of a few: the 100 % of the log's MFU."""
+    n = 1024
+    if device.type != "cpu":
+        n = 8192
+    elif dtype == torch.float16:  # emulated there
+        n = 256
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ b)[0, 0].item()  # item() waits until it is computed
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds)
 
 
 def versions(device: torch.device) -> dict:

@@ -5,6 +5,7 @@ with the threads it has time for; and its numbers can be traced.
 GPUs are pretended. Repositories of git are real.
 """
 
+import itertools
 import math
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import machine
@@ -23,7 +25,7 @@ from testing import ALONE, HERE, flat, pretend, refusal, run
 
 pytestmark = pytest.mark.usefixtures("tiny", "here")
 
-VERSIONS = machine.versions  # before `tiny` replaces it
+VERSIONS, MEASURE_PEAK = machine.versions, machine.measure_peak  # before `tiny` replaces them
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -253,6 +255,43 @@ def test_no_more_threads_than_a_container_has_time_for(quota, expected, threads,
 def test_training_and_evaluating_keep_to_the_threads_of_a_container(threads):
     assert threads(2.0, lambda: run("--max-minutes", 1e-9)) == 2
     assert threads(2.0, lambda: evaluate.main(["out/last.pt"])) == 2
+
+
+# ---- How fast it is ----
+
+
+class Slow(TorchDispatchMode):
+    """A machine whose matrix products take these seconds in turn, and nothing else takes any."""
+
+    def __init__(self, *seconds):
+        super().__init__()
+        self.now, self.products, self.seconds = 0.0, [], itertools.cycle(seconds)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ != "mm":
+            return func(*args, **(kwargs or {}))
+        (n, k), m = args[0].shape, args[1].shape[1]
+        self.products.append((2 * n * k * m, args[0].dtype))
+        self.now += next(self.seconds)
+        return args[0].new_zeros(n, m)
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_peak_is_the_work_of_a_large_product_over_its_time_when_it_was_fastest(
+    dtype, monkeypatch
+):
+    """The first one warms up, others are disturbed. 2 n^3 operations, in the dtype of the run;
+    fewer where a CPU only emulates it."""
+    slow = Slow(4.0, 3.0, 2.0, 5.0)
+    monkeypatch.setattr(machine, "time", slow)
+    with slow:
+        peak = MEASURE_PEAK(torch.device("cpu"), dtype)
+    works, dtypes = map(set, zip(*slow.products))
+    assert dtypes == {dtype} and len(works) == 1 and peak == works.pop() / 2.0
+    assert peak < 1e8 if dtype == torch.float16 else peak > 1e9
 
 
 # ---- Where the numbers come from ----

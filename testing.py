@@ -17,7 +17,6 @@ from PIL import Image
 
 import data
 import evaluate
-import log
 import machine
 import optim
 import recipe
@@ -137,7 +136,7 @@ def tiny_world():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", load)
-        patch.setattr(log, "measure_peak", lambda *_: 1e12)
+        patch.setattr(machine, "measure_peak", lambda *_: 1e12)
         patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # 16 bits, too
         facts = {"torch": "2", "commit": "c", "device": "cpu"}
         patch.setattr(machine, "versions", lambda *_: facts)

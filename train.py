@@ -24,7 +24,6 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -60,7 +59,7 @@ class Run:
     val_set: tuple[Tensor, Tensor]  # the same of the validation images
     state: optim.State
     fingerprint: str  # of the images to train and validate on
-    peak: float = math.nan  # FLOP/s, see log.measure_peak
+    peak: float = math.nan  # FLOP/s, see machine.measure_peak
     versions: dict | None = None  # asked for once, not at every save
     epoch: int = 0  # epochs that are done
     best: dict | None = None  # {"epoch", "accuracy", "model": weights} of the best validation
@@ -198,14 +197,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     if world > 1:
-        if device.type == "cuda":
-            processes, gpus = os.environ.get("LOCAL_WORLD_SIZE", world), torch.cuda.device_count()
-            if int(processes) > gpus:
-                raise ValueError(f"{processes} processes need as many GPUs, and here are {gpus}")
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        wait = timedelta(hours=3)  # while rank 0 downloads, decodes or evaluates
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
+        device = machine.join_processes(device, world)
 
     # the data; rank 0 first, as it downloads and decodes for all
     if rank == 0:
@@ -245,7 +237,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         restore(run, last)
     if rank == 0:
         os.makedirs(config.out, exist_ok=True)
-        run.peak = log.measure_peak(device, state.dtype) * world
+        run.peak = machine.measure_peak(device, state.dtype) * world
         run.versions = machine.versions(device)
         print(log.describe_run(run, steps))
         loss = math.nan
