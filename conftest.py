@@ -6,6 +6,7 @@ HYPOTHESIS_PROFILE=search draws 500 random examples instead.
 
 import os
 import signal
+import threading
 
 import pytest
 
@@ -14,6 +15,7 @@ def pytest_configure(config):
     if config.getoption("dist", "no") == "no":  # not where pytest-xdist only hands the tests out
         import hypothesis
         import torch
+        from tqdm import tqdm
 
         import log
 
@@ -27,6 +29,9 @@ def pytest_configure(config):
         for number in log.SIGNALS:
             is_ctrl_c = number == signal.SIGINT
             signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
+        # tqdm has one lock for a process and its forks: held by one that is killed, it would stop
+        # all others for good.
+        os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
     config.addinivalue_line("markers", "slow: minutes instead of seconds; run with -m slow")
     config.addinivalue_line("filterwarnings", "error")
     # torchvision's way of unpacking a tarball, on Python 3.12 and 3.13

@@ -1761,6 +1761,23 @@ def forked(*flags, **environment):
             process.join()
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_that_is_killed_in_the_middle_of_a_bar_stops_nobody_else():
+    """Support code is tested too."""
+
+    def die():
+        train.tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    locks = train.tqdm.get_lock().locks
+    process = multiprocessing.get_context("fork").Process(target=die)
+    process.start()
+    process.join()
+    for lock in locks:
+        assert lock.acquire(timeout=5)
+        lock.release()
+
+
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
     """DATASET as a folder of PNGs, decoded and cached; the flags of a run on it."""
