@@ -19,6 +19,8 @@ import sys
 import threading
 import time
 
+from tqdm import tqdm
+
 from checkpoint import write_atomically
 
 COLUMNS = (  # of log.csv: name, title on the screen (none: not shown), width, format
@@ -205,6 +207,9 @@ def run_program(main) -> int:
     streams = [s for s in (sys.stdout, sys.stderr) if hasattr(s, "reconfigure")]
     for stream in streams:
         stream.reconfigure(errors="backslashreplace")
+    # tqdm's thread would wait at the end, forever before 4.68.1, for a lock that a signal leaves
+    # taken in the middle of a write, as to a terminal that has stalled (tqdm/tqdm#1751).
+    tqdm.monitor_interval = 0
     try:
         try:
             code = main()

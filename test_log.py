@@ -403,7 +403,8 @@ def test_signals_are_left_alone_outside_the_main_thread(handlers):
 def start(body, command="exec {python}", **variables):
     """A process whose main() has this body, run by a shell. It has only the source of run_program:
     importing torch would take seconds."""
-    lines = ["import os, signal, sys, time", inspect.getsource(log.run_program), "def main():"]
+    lines = ["import os, signal, sys, threading, time", "from tqdm import tqdm"]
+    lines += [inspect.getsource(log.run_program), "def main():"]
     lines += [f"    {line}" for line in body.splitlines()] + ["sys.exit(run_program(main))"]
     Path("program.py").write_text("\n".join(lines))
     command = command.replace("{python}", f"{sys.executable} program.py")
@@ -415,6 +416,12 @@ def test_a_program_ends_with_what_main_returns():
     for body, code in (("return 0", 0), ("return 3", 3), ("sys.exit(2)", 2)):
         done = start(f"print('said')\n{body}")
         assert (done.returncode, done.stdout, done.stderr) == (code, b"said\n", b"")
+
+
+def test_a_bar_leaves_no_thread_that_the_end_would_wait_for():
+    """It waited for good with tqdm 4.67, where a run's terminal had stalled and then closed."""
+    done = start("list(tqdm(range(2)))\nprint(threading.active_count())")
+    assert done.returncode == 0 and done.stdout == b"1\n"
 
 
 def test_a_bug_keeps_its_traceback():

@@ -2152,6 +2152,7 @@ OUTSIDE = {
     "data": "torchvision",
     "augment": "numpy torchvision matplotlib PIL",
     "evaluate": "matplotlib",
+    "log": "tqdm",
     "train": "tqdm",
     "bench": "torchvision PIL timm vit_pytorch",
 }
