@@ -194,7 +194,7 @@ def test_what_was_asked_for_is_compiled_and_else_what_pays_and_works(
     if not works:
         compile_ = failing(AssertionError("tried") if works is None else OSError("no g++\n at"))
     monkeypatch.setattr(torch, "compile", compile_)
-    assert machine.should_compile(asked, CUDA if works is None else CPU) == (compiled)
+    assert machine.should_compile(asked, CUDA if works is None else CPU) == compiled
     lines = capsys.readouterr().err.splitlines()
     assert lines == (
         ["warning: not compiled, since torch.compile fails: no g++"] * (works is False)
