@@ -210,6 +210,8 @@ def run_program(main) -> int:
     # tqdm's thread would wait at the end, forever before 4.68.1, for a lock that a signal leaves
     # taken in the middle of a write, as to a terminal that has stalled (tqdm/tqdm#1751).
     tqdm.monitor_interval = 0
+    # `!python` in a notebook inherits its MPLBACKEND, of a package that may not be installed here
+    os.environ["MPLBACKEND"] = "agg"
     try:
         try:
             code = main()

@@ -2,11 +2,7 @@
 The specification of evaluate.py: every test is a sentence about a result, its docstring the formula
 or the reason.
 
-    1 devices and logits   2 predict   3 the numbers   4 rollout   5 pictures
-    6 an evaluation        7 the program               8 real processes
-
-Of a picture it is tested what it shows, read from Matplotlib's own axes, and not that a file is
-there.
+    1 logits   2 predict   3 the numbers   4 an evaluation   5 the program   6 real processes
 """
 
 import itertools
@@ -29,39 +25,24 @@ import checkpoint
 import data
 import evaluate
 import log
+import plots
 from testing import (
     ALONE,
     DATASET,
     HERE,
     PLOTS,
+    close,
     make_dataset,
     pretend,
     rng,
     run,
     save_pictures,
+    small_model,
     tree,
 )
-from vit import VisionTransformer, ViTConfig
+from vit import ViTConfig
 
 pytestmark = pytest.mark.usefixtures("tiny", "here")
-
-
-def close(actual, expected, tolerance=1e-9):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
-
-
-def small_model(seed=0, K=3, **network):
-    options = {"dim": 8, "depth": 2, "heads": 2, "dropout": 0.0} | network
-    torch.manual_seed(seed)
-    return VisionTransformer(ViTConfig(8, options.pop("patch_size", 4), num_classes=K, **options))
-
-
-def scrambled(seed=0, **network):
-    """A small model in eval mode that attends to some patches more than to others."""
-    model = small_model(seed, **network).eval()
-    for p in model.parameters():
-        p.data.normal_(generator=rng(seed))
-    return model
 
 
 def make_checkpoint(classes, **network):
@@ -296,213 +277,7 @@ def test_the_commonest_confusions_come_first_and_are_at_most_five():
     assert mistakes[:2] == ["b taken for c 5x", "a taken for b 3x"] and len(mistakes) == 5
 
 
-# ---- 4 Rollout ----
-
-
-def test_attention_rollout_is_the_product_of_half_attention_half_identity():
-    """The product over blocks, last one leftmost, of (mean over heads + 1) / 2, in loops."""
-    L, B, h, N = 3, 2, 4, 5
-    maps = torch.randn(L, B, h, N, N, generator=rng(0), dtype=torch.float64).softmax(-1)
-    rollout = evaluate.attention_rollout(maps)
-    for b in range(B):
-        expected = [[float(i == j) for j in range(N)] for i in range(N)]
-        for block in range(L):
-            flow = [
-                [(sum(maps[block, b, :, i, j].tolist()) / h + (i == j)) / 2 for j in range(N)]
-                for i in range(N)
-            ]
-            expected = [
-                [sum(flow[i][k] * expected[k][j] for k in range(N)) for j in range(N)]
-                for i in range(N)
-            ]
-        close(rollout[b], torch.tensor(expected, dtype=torch.float64))
-    close(rollout.sum(-1), torch.ones(B, N, dtype=torch.float64))
-
-
-# ---- 5 Pictures ----
-
-LONG = "a class whose name " + "goes on " * 17 + "and on"  # 161 letters
-
-
-@pytest.fixture
-def axes(monkeypatch):
-    """The axes of the next picture, in reading order; nothing is written."""
-    from matplotlib.figure import Figure
-
-    found, real = [], Figure.subplots
-
-    def subplots(figure, *args, **options):
-        grid = real(figure, *args, **options)
-        found.extend(grid.flat)
-        return grid
-
-    monkeypatch.setattr(Figure, "subplots", subplots)
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
-    return found
-
-
-def shown(image):
-    """What an imshow() shows, as a tensor."""
-    return torch.tensor(image.get_array().filled())
-
-
-def test_the_picture_of_the_confusion_matrix_shows_shares_of_the_true_class(axes):
-    """A row is a true class and sums to 1, or to 0 for one that never occurs; counts are written
-    into their squares."""
-    confusion = [[3, 1, 0], [0, 2, 4], [0, 0, 0]]
-    metrics = {"confusion_matrix": confusion, "classes": ["cat", "dog", "eel"], "accuracy": 0.5}
-    PLOTS["plot_confusion_matrix"]("", metrics, "pets")
-    [axis] = axes
-    expected = torch.tensor([[3 / 4, 1 / 4, 0], [0, 1 / 3, 2 / 3], [0, 0, 0]])
-    close(shown(axis.images[0]).float(), expected, 1e-6)
-    counts = {text.get_position(): int(text.get_text()) for text in axis.texts}
-    assert counts == {(j, i): n for i, row in enumerate(confusion) for j, n in enumerate(row) if n}
-    for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
-        assert [label.get_text() for label in labels] == metrics["classes"]
-    assert "true" in axis.get_ylabel() and "predicted" in axis.get_xlabel()
-    assert "pets" in axis.get_title() and "50.00%" in axis.get_title()
-
-
-def test_the_confusion_matrix_of_a_thousand_classes_is_no_larger_than_that_of_a_hundred(
-    monkeypatch,
-):
-    """At half an inch a class it would take gigabytes, after the last epoch."""
-    sizes = []
-
-    def figure(figsize):
-        sizes.append(figsize)
-        raise MemoryError
-
-    monkeypatch.setattr(evaluate, "new_figure", figure)
-    for K in (10, 100, 1000):
-        metrics = {"confusion_matrix": [[0] * K] * K, "classes": ["a"] * K}
-        with pytest.raises(MemoryError):
-            PLOTS["plot_confusion_matrix"]("", metrics, "")
-    assert sizes[0] < sizes[1] == sizes[2]
-
-
-def test_the_curves_are_the_columns_of_the_log_and_accuracies_are_percent(axes):
-    """Each under its own name; an epoch without a number is left out."""
-    rows = [
-        {"epoch": 1, "lr": 0.1, "train_loss": 2.5, "val_loss": 2.0, "train_accuracy": 0.1}
-        | {"val_accuracy": 0.2, "ema_accuracy": 0.3},
-        {"epoch": 2, "lr": 0.2, "train_loss": 2.25, "val_loss": None, "train_accuracy": None},
-        {"epoch": 3, "lr": 0.0, "train_loss": 2.0, "val_loss": 1.5, "train_accuracy": 0.4}
-        | {"val_accuracy": 0.5, "ema_accuracy": 0.6},
-    ]
-    PLOTS["plot_curves"]("", rows, "pets")
-    curves = [
-        {line.get_label(): line.get_xydata().round(9).tolist() for line in axis.lines}
-        for axis in axes
-    ]
-    assert [list(curve.values()) for curve in curves] == [
-        [[[1, 2.5], [2, 2.25], [3, 2.0]], [[1, 2.0], [3, 1.5]]],
-        [[[1, 10], [3, 40]], [[1, 20], [3, 50]], [[1, 30], [3, 60]]],
-        [[[1, 0.1], [2, 0.2], [3, 0.0]]],
-    ]
-    words = [["training", "validation"], ["training", "validation", "averaged"], [""]]
-    for axis, of_axis in zip(curves, words, strict=True):
-        assert all(word in label for word, label in zip(of_axis, axis, strict=True))
-    assert "loss" in axes[0].get_title() and "%" in axes[1].get_title()
-
-
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_the_attention_picture_is_hottest_where_the_rollout_is_highest(pool, axes):
-    """What the answer is made of: row 0 of the rollout without its own column, or the mean of all
-    rows, from the least to the most of each picture. Above it, what it is and is taken for."""
-    model = scrambled(pool=pool, patch_size=2)
-    images = torch.randint(256, (3, 3, 8, 8), generator=rng(1), dtype=torch.uint8)
-    statistics = (DATASET.mean, DATASET.std)
-    labels, classes = torch.tensor([2, 0, 1]), ["cat", "dog", "eel"]
-    PLOTS["plot_attention"]("", model, images, labels, classes, *statistics, "pets")
-    x = data.normalize(images, *statistics)
-    rollout = evaluate.attention_rollout(model.attention_maps(x))  # (B, N, N)
-    flows = rollout[:, 0, 1:] if pool == "cls" else sum(rollout.unbind(1)) / 16
-    for i, (flow, probabilities) in enumerate(zip(flows, model(x).softmax(1))):
-        original, below = axes[i], axes[3 + i]
-        assert torch.equal(shown(original.images[0]), images[i].permute(1, 2, 0))
-        grey, heat = below.images
-        close(shown(heat).float().flatten(), (flow - flow.min()) / (flow.max() - flow.min()), 1e-4)
-        assert shown(heat).min() == 0 and shown(heat).max() == 1
-        assert heat.get_extent() == grey.get_extent() and heat.get_clim() == (0, 1)
-        assert sum(heat.cmap(1.0)[:3]) > sum(heat.cmap(0.0)[:3])  # the most is bright
-        answer = probabilities.argmax().item()
-        is_called, taken_for = original.get_title().splitlines()
-        assert is_called == classes[labels[i]]
-        assert taken_for.endswith(f"{classes[answer]} {probabilities[answer]:.0%}")
-
-
-def test_the_attention_of_pictures_is_computed_one_by_one_and_of_eight_at_most(axes, monkeypatch):
-    """All maps of many tokens are gigabytes."""
-    model, seen = small_model().eval(), []
-    real = model.attention_maps
-    monkeypatch.setattr(model, "attention_maps", lambda x: seen.append(len(x)) or real(x))
-    images, labels = DATASET.test_images, DATASET.test_labels
-    classes, statistics = DATASET.classes, (DATASET.mean, DATASET.std)
-    PLOTS["plot_attention"]("", model, images, labels, classes, *statistics, "")
-    assert seen == [1] * 8
-
-
-def test_where_all_patches_count_alike_the_attention_picture_is_even(axes, monkeypatch):
-    """Not divided by a range of zero."""
-    model = small_model().eval()
-    monkeypatch.setattr(model, "attention_maps", lambda x: torch.full((1, 1, 1, 5, 5), 0.2))
-    labels, classes = torch.tensor([1]), ["cat", "dog", "eel"]
-    statistics = (DATASET.mean, DATASET.std)
-    PLOTS["plot_attention"]("", model, DATASET.test_images[:1], labels, classes, *statistics, "")
-    assert torch.equal(shown(axes[1].images[1]), torch.zeros(2, 2))
-
-
-def test_the_mistakes_are_the_wrong_answers_the_model_was_surest_of(axes):
-    logits = torch.tensor([[3.0, 0], [0, 2.0], [0, 5.0], [4.0, 0], [1.0, 0]])
-    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 4, 4)
-    labels = torch.tensor([1, 0, 1, 0, 1])
-    PLOTS["plot_mistakes"]("", images, labels, logits, ["cat", "dog"], "pets")
-    seen = [(int(shown(axis.images[0])[0, 0, 0]), axis.get_title()) for axis in axes if axis.images]
-    assert [image for image, _ in seen] == [0, 1, 4]
-    for (_, title), (answer, confidence, truth) in zip(
-        seen, [("cat", "95%", "dog"), ("dog", "88%", "cat"), ("cat", "73%", "dog")]
-    ):
-        first, second = title.splitlines()
-        assert answer in first and confidence in first and truth in second
-    assert "3 most confident" in axes[0].figure.get_suptitle()
-
-
-def test_without_a_mistake_the_picture_says_so(axes):
-    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    PLOTS["plot_mistakes"]("", images, torch.tensor([0, 1]), torch.eye(2), ["cat", "dog"], "pets")
-    assert "no mistakes" in axes[0].figure.get_suptitle()
-    assert not any(axis.images for axis in axes)
-
-
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_the_picture_of_positions_compares_each_patch_with_all_others(pool, axes):
-    """Cosine of the angle between their positions, in loops; the class token's, which is the first
-    row of the table, is no patch's."""
-    model = scrambled(pool=pool)
-    PLOTS["plot_positions"]("", model, "pets")
-    rows = model.pos_embed.detach()[0].tolist()[-4:]
-
-    def cosine(a, b):
-        lengths = math.hypot(*a) * math.hypot(*b)
-        return sum(x * y for x, y in zip(a, b)) / lengths
-
-    assert len(axes) == 4
-    for patch, axis in zip(rows, axes):
-        expected = torch.tensor([[cosine(patch, rows[2 * y + x]) for x in (0, 1)] for y in (0, 1)])
-        close(shown(axis.images[0]).float(), expected, 1e-5)
-        assert axis.images[0].get_clim() == (-1, 1)
-
-
-def test_of_many_patches_at_most_eight_by_eight_are_compared(axes):
-    """Ten a side: every second, each with its own place brightest."""
-    model = VisionTransformer(ViTConfig(10, 1, dim=16, depth=1, heads=1))
-    model.pos_embed.data.normal_(generator=rng(0))
-    PLOTS["plot_positions"]("", model, "pets")
-    assert len(axes) == 25
-    for i, axis in enumerate(axes):
-        row, column = divmod(i, 5)
-        assert shown(axis.images[0]).argmax() == 10 * 2 * row + 2 * column
+# ---- 4 An evaluation ----
 
 
 def draw_it_all(classes, **network):
@@ -511,7 +286,7 @@ def draw_it_all(classes, **network):
     dataset = make_dataset(classes, n=60, n_test=max(len(classes), 10))
     with pytest.MonkeyPatch.context() as patch:
         for name, plot in PLOTS.items():
-            patch.setattr(evaluate, name, plot)
+            patch.setattr(plots, name, plot)
         return evaluate.evaluate(
             make_checkpoint(classes, **network),
             "out",
@@ -521,6 +296,7 @@ def draw_it_all(classes, **network):
         )
 
 
+LONG = "a class whose name " + "goes on " * 17 + "and on"  # 161 letters
 MANY = [f"$^$ _{{ a class with a name {i}" for i in range(21)]
 PICTURES = {"attention", "confusion_matrix", "curves", "mistakes", "positions"}
 
@@ -551,27 +327,13 @@ def test_a_picture_that_fails_costs_one_line_that_names_it(error, monkeypatch, c
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(evaluate, "plot_confusion_matrix", fail)
-    monkeypatch.setattr(evaluate, "plot_positions", lambda path, *_: drawn.append(path))
+    monkeypatch.setattr(plots, "plot_confusion_matrix", fail)
+    monkeypatch.setattr(plots, "plot_positions", lambda path, *_: drawn.append(path))
     evaluate.evaluate(make_checkpoint(DATASET.classes), "out", device="cpu", dataset=DATASET)
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: ") and "out/confusion_matrix.png" in line
     assert type(error).__name__ in line and str(error)[:3] in line
     assert drawn == ["out/positions.png"] and Path("out/metrics.json").exists()
-
-
-def test_drawing_leaves_matplotlibs_settings_as_they_were():
-    """They are the notebook's that called."""
-    import matplotlib
-
-    with matplotlib.rc_context({"font.size": 33, "text.parse_math": True}):
-        before = dict(matplotlib.rcParams)
-        seen = []
-        evaluate.draw(lambda path: seen.append(matplotlib.rcParams["font.size"]), "a.png")
-        assert seen != [33] and dict(matplotlib.rcParams) == before
-
-
-# ---- 6 An evaluation ----
 
 
 def test_numbers_come_first_then_the_file_then_the_pictures(monkeypatch, capsys):
@@ -582,7 +344,7 @@ def test_numbers_come_first_then_the_file_then_the_pictures(monkeypatch, capsys)
         told.append((capsys.readouterr().out, Path("out/metrics.json").exists()))
 
     for name in PLOTS:
-        monkeypatch.setattr(evaluate, name, picture)
+        monkeypatch.setattr(plots, name, picture)
     best = make_checkpoint(DATASET.classes)
     history = [dict.fromkeys(log.NAMES)]
     evaluate.evaluate(best, "out", device="cpu", dataset=DATASET, history=history)
@@ -601,8 +363,8 @@ def test_the_pictures_are_named_after_the_data_and_show_images_from_all_over_the
     """A folder of pictures gives its own name, as "folder" says nothing. Of 80 images every tenth
     would not do: of ten shapes that come in turn, it would be the same one eight times."""
     titles, seen = [], []
-    monkeypatch.setattr(evaluate, "plot_positions", lambda path, model, title: titles.append(title))
-    monkeypatch.setattr(evaluate, "plot_attention", lambda path, model, *rest: seen.append(rest))
+    monkeypatch.setattr(plots, "plot_positions", lambda path, model, title: titles.append(title))
+    monkeypatch.setattr(plots, "plot_attention", lambda path, model, *rest: seen.append(rest))
     best = make_checkpoint(DATASET.classes)
     dataset = make_dataset(n_test=80)
     for source, data_dir in (("shapes", "data"), ("folder", "my/pets/")):
@@ -694,7 +456,7 @@ def test_data_that_have_moved_are_named_with_the_flag_that_says_where_they_are(p
     assert metrics["images"] == 30
 
 
-# ---- 7 The program ----
+# ---- 5 The program ----
 
 
 @pytest.mark.parametrize("left", ["torn", "empty", "a list", "nothing", "a folder"])
@@ -713,7 +475,7 @@ def test_the_program_evaluates_the_test_split_from_the_checkpoint_alone(plain, m
     """Named by its file or by its folder, whose best.pt is meant. The same numbers that the end of
     training found, beside the checkpoint or in --out; and the curves of the log beside it."""
     logs = []
-    monkeypatch.setattr(evaluate, "plot_curves", lambda path, rows, _: logs.append((path, rows)))
+    monkeypatch.setattr(plots, "plot_curves", lambda path, rows, _: logs.append((path, rows)))
     shutil.copytree(plain, "copy")
     os.remove("copy/metrics.json")
     os.remove("copy/last.pt")
@@ -743,7 +505,7 @@ def test_without_a_word_the_program_looks_where_train_py_writes(plain, capsys):
 def test_a_look_at_the_last_weights_leaves_that_at_the_best_ones_alone(plain, monkeypatch):
     """Numbers and pictures lie beside those of the run's own result. (Only the curves, of the same
     log, are drawn again.)"""
-    monkeypatch.setattr(evaluate, "draw", lambda plot, path, *_: Path(path).write_bytes(b"drawn"))
+    monkeypatch.setattr(plots, "draw", lambda plot, path, *_: Path(path).write_bytes(b"drawn"))
     shutil.copytree(plain, "out")
     for name in ("confusion_matrix", "attention", "mistakes", "positions"):
         for split in ("", "_val"):
@@ -767,7 +529,7 @@ def test_a_damaged_log_costs_the_curves_and_a_line_that_names_it(
 ):
     """Never the numbers."""
     drawn = []
-    monkeypatch.setattr(evaluate, "plot_curves", lambda *_: drawn.append(1))
+    monkeypatch.setattr(plots, "plot_curves", lambda *_: drawn.append(1))
     shutil.copytree(plain, "out")
     os.remove("out/metrics.json")
     path = Path("out/log.csv")
@@ -789,7 +551,7 @@ def test_a_damaged_log_costs_the_curves_and_a_line_that_names_it(
 
 def test_a_log_that_a_spreadsheet_saved_with_a_byte_order_mark_has_its_curves(plain, monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluate, "plot_curves", lambda path, rows, _: drawn.append(rows))
+    monkeypatch.setattr(plots, "plot_curves", lambda path, rows, _: drawn.append(rows))
     shutil.copytree(plain, "out")
     rows = log.read_log("out/log.csv")
     Path("out/log.csv").write_bytes(b"\xef\xbb\xbf" + Path("out/log.csv").read_bytes())
@@ -875,7 +637,7 @@ def test_bad_input_is_one_line_and_exit_code_two(flags, message, plain, monkeypa
     assert "error: " in line and message in line and tree() == before
 
 
-# ---- 8 Real processes ----
+# ---- 6 Real processes ----
 
 
 @pytest.fixture(scope="module")
@@ -911,7 +673,7 @@ def test_neither_the_terminal_nor_matplotlibs_settings_can_cost_a_result(foreign
     and a font that is not there, and the terminal has no Chinese letters: all is written."""
     Path("matplotlibrc").write_text(HOSTILE)
     settings = {
-        "MPLBACKEND": "module://matplotlib_inline.absent",
+        "MPLBACKEND": "inline",
         "MATPLOTLIBRC": str(here / "matplotlibrc"),
         "PYTHONIOENCODING": "cp1252",
     }
@@ -933,9 +695,10 @@ def test_a_reader_that_goes_away_and_an_interrupt_are_not_taken_for_bad_input(
         raise error
 
     with monkeypatch.context() as patch, pytest.raises(error):
-        patch.setattr(
-            evaluate, "plot_positions" if error is KeyboardInterrupt else "describe", stop
-        )
+        if error is KeyboardInterrupt:
+            patch.setattr(plots, "plot_positions", stop)
+        else:
+            patch.setattr(evaluate, "describe", stop)
         program(plain, "--device", "cpu", "--out", "new")
 
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import optim
 from recipe import TrainConfig
-from testing import DATASET, difference, flat, rng, small_batch, small_state, weights
+from testing import DATASET, close, difference, flat, rng, small_batch, small_state, weights
 from vit import VisionTransformer, ViTConfig
 
 pytestmark = pytest.mark.usefixtures("tiny", "here")
@@ -30,10 +30,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # Everything that has a state, at once.
 FULL = {"dtype": "float16", "ema_decay": 0.9, "grad_clip": 1.0, "weight_decay": 0.25}
 both = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-
-
-def close(actual, expected, tolerance=1e-9):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 def now(state):

@@ -55,6 +55,7 @@ import evaluate
 import log
 import machine
 import optim
+import plots
 import recipe
 import train
 from recipe import TrainConfig
@@ -1153,9 +1154,9 @@ def test_the_curves_are_drawn_at_saves_and_at_most_once_a_minute(monkeypatch):
     """So that a long run can be watched: epochs of 25 s, drawn after 1, 4 and 7."""
     clock, drawn = Clock(monkeypatch), []
     clock.takes("train_epoch", 25)
-    monkeypatch.setattr(evaluate, "title_of", lambda *source: source)
+    monkeypatch.setattr(plots, "title_of", lambda *source: source)
     plot = lambda _, rows, title: drawn.append((len(rows), title))  # noqa: E731
-    monkeypatch.setattr(evaluate, "plot_curves", plot)
+    monkeypatch.setattr(plots, "plot_curves", plot)
     monkeypatch.setattr(train, "finish", lambda run: None)
     assert run("--epochs", 8) == 0
     assert drawn == [(n, ("shapes", "data")) for n in (1, 4, 7)]
@@ -1430,7 +1431,7 @@ def test_looking_at_the_test_set_on_the_way_does_not_replace_the_last_look(monke
 def test_a_kill_among_the_pictures_does_not_lead_to_a_second_look(monkeypatch, capsys, plain):
     """The numbers were said, then written, before the first picture."""
     with monkeypatch.context() as patch, pytest.raises(Kill):
-        patch.setattr(evaluate, "plot_confusion_matrix", kill)
+        patch.setattr(plots, "plot_confusion_matrix", kill)
         run()
     out = capsys.readouterr().out
     assert "accuracy" in out.partition("now, once, the test set")[2]
@@ -2143,16 +2144,17 @@ BELOW = {
     "optim": "vit machine muon recipe",
     "checkpoint": "vit",
     "log": "checkpoint",
-    "evaluate": "vit pictures data machine checkpoint log",
-    "train": "vit pictures data augment machine muon recipe optim checkpoint log evaluate",
+    "plots": "vit data",
+    "evaluate": "vit pictures data machine checkpoint log plots",
+    "train": "vit pictures data augment machine muon recipe optim checkpoint log plots evaluate",
     "bench": "vit pictures data augment machine muon recipe optim checkpoint log evaluate train",
 }
 OUTSIDE = {
     "pictures": "numpy PIL tqdm",
     "data": "torchvision",
     "augment": "numpy torchvision matplotlib PIL",
-    "evaluate": "matplotlib",
     "log": "tqdm",
+    "plots": "matplotlib",
     "train": "tqdm",
     "bench": "torchvision PIL timm vit_pytorch",
 }

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-import evaluate
 import machine
 import optim
+import plots
 import recipe
 import train
 from recipe import TrainConfig
-from vit import ViTConfig
+from vit import VisionTransformer, ViTConfig
 
 # ---- Random tensors and pictures ----
 
@@ -55,6 +55,10 @@ def assert_frequencies(counts, expected):
     n, d = sum(counts.values()), len(expected) - 1
     chi2 = sum((counts[k] - n * p) ** 2 / (n * p) for k, p in expected.items())
     assert chi2 < d + 2 * math.sqrt(20 * d) + 40, f"chi-square {chi2:.0f} at {d} degrees of freedom"
+
+
+def close(actual, expected, tolerance=1e-9):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 def write_picture(path, image, **options):
@@ -111,7 +115,7 @@ TINY = """--dataset shapes --device cpu --image-size 8 --patch-size 4 --dim 8 --
 # Everything that has a state or draws random numbers, at once.
 FULL = """--epochs 3 --depth 2 --dtype float16 --dropout 0.1 --attn-dropout 0.1 --drop-path 0.3
     --ema-decay 0.9 --grad-clip 1 --label-smoothing 0.1 --mixup 0.8 --cutmix 1""".split()
-PLOTS = {name: f for name, f in vars(evaluate).items() if name.startswith("plot_")}
+PLOTS = {name: f for name, f in vars(plots).items() if name.startswith("plot_")}
 FSYNC = os.fsync  # before tiny_world() replaces it
 make_parser = functools.cache(recipe.make_parser)  # it reads its own source
 WALL_CLOCK = ("images_per_second", "mfu", "seconds")  # what may differ between two equal runs
@@ -142,10 +146,10 @@ def tiny_world():
         patch.setattr(machine, "versions", lambda *_: facts)
         # else a third of a tiny run's time: Matplotlib's settings, the parser that reads its own
         # source, and the wait for the disk, for which test_checkpoint.py has its own tests
-        draw = evaluate.draw
-        patch.setattr(evaluate, "draw", lambda plot, *_: plot is no_picture or draw(plot, *_))
+        draw = plots.draw
+        patch.setattr(plots, "draw", lambda plot, *_: plot is no_picture or draw(plot, *_))
         for name in PLOTS:
-            patch.setattr(evaluate, name, no_picture)
+            patch.setattr(plots, name, no_picture)
         patch.setattr(recipe, "make_parser", make_parser)
         patch.setattr(os, "fsync", lambda file: None)
         yield
@@ -249,6 +253,12 @@ def pretend(monkeypatch, accelerator):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
+
+
+def small_model(seed=0, K=3, **network):
+    options = {"dim": 8, "depth": 2, "heads": 2, "dropout": 0.0} | network
+    torch.manual_seed(seed)
+    return VisionTransformer(ViTConfig(8, options.pop("patch_size", 4), num_classes=K, **options))
 
 
 def small_state(seed=0, steps=20, pool="cls", **knobs):

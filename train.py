@@ -38,6 +38,7 @@ import evaluate
 import log
 import machine
 import optim
+import plots
 import recipe
 from recipe import TrainConfig
 from vit import ViTConfig
@@ -305,8 +306,8 @@ def derive(run: Run, whole: dict):
         print(f"warning: {error}", file=sys.stderr)
     now = time.monotonic()
     if now - run.written.get("curves.png", -math.inf) > 60:
-        title = evaluate.title_of(run.config.dataset, run.config.data_dir)
-        evaluate.draw(evaluate.plot_curves, run.path("curves.png"), run.history, title)
+        title = plots.title_of(run.config.dataset, run.config.data_dir)
+        plots.draw(plots.plot_curves, run.path("curves.png"), run.history, title)
         run.written["curves.png"] = now
 
 
