@@ -371,9 +371,10 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", default="shapes", help="cifar10, cifar100, folder or shapes (the default)")
-    add("--data-dir", default="data", help="where the dataset lies (default: data)")
+    place = os.path.expanduser  # shells leave the ~ of --out=~/x to us
+    add("--data-dir", type=place, default="data", help="where the dataset lies (default: data)")
     add("--image-size", type=int, default=32, help="pixels (default: 32)")
-    add("--out", default="augmentation.png", help="the picture to write (default: %(default)s)")
+    add("--out", type=place, default="augmentation.png", help="a picture (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         dataset = data.load(args.dataset, args.data_dir, args.image_size)

@@ -240,9 +240,10 @@ def main(argv: list[str] | None = None) -> int:
     add("checkpoint", nargs="?", default="out", help=what)
     add("--split", choices=("test", "val"), default="test", help="which images (default: test)")
     add("--images", nargs="+", metavar="PATH", help="classify these pictures and folders instead")
-    add("--data-dir", help="where the dataset lies (default: as in training)")
+    place = os.path.expanduser  # shells leave the ~ of --out=~/x to us
+    add("--data-dir", type=place, help="where the dataset lies (default: as in training)")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    add("--out", help="folder for metrics and pictures (default: the checkpoint's)")
+    add("--out", type=place, help="folder for metrics and pictures (default: the checkpoint's)")
     args = parser.parse_args(argv)
     limit_threads()
     path = args.checkpoint

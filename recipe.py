@@ -14,6 +14,7 @@ refused by name.
 import argparse
 import inspect
 import math
+import os
 import re
 from dataclasses import dataclass, fields
 from typing import get_args
@@ -196,7 +197,8 @@ def make_parser() -> argparse.ArgumentParser:
                 continue
             knob = knobs[found[1]]
             kind, *_ = get_args(knob.type) or (knob.type,)  # of `float | None`, float
-            options = {"type": kind, "metavar": kind.__name__.upper()}
+            read = os.path.expanduser if kind is str else kind  # shells leave --out=~/x as it is
+            options = {"type": read, "metavar": kind.__name__.upper()}
             if kind is bool:
                 options = {"action": argparse.BooleanOptionalAction}
             default = "" if knob.default is None else f" (default: {knob.default})"

@@ -19,6 +19,7 @@ letters are those of augment.py.
 
 import itertools
 import math
+import os
 import random
 from collections import Counter
 from unittest import mock
@@ -817,6 +818,7 @@ def test_the_whole_policy_reaches_the_augmentation(monkeypatch):
         ("--image-size 0", "image_size must be at least 1, got 0"),
         ("--dataset mnist", 'got "mnist"'),
         ("--out nowhere/a.png", "nowhere/a.png"),
+        ("--dataset folder --data-dir=~/none", os.path.expanduser("~/none")),
         ("--out a.jpug", "jpug"),
     ],
 )
@@ -837,9 +839,10 @@ def test_the_program_draws_every_augmentation_into_a_picture(tmp_path, monkeypat
     """Among them every operation at its strongest, the signed ones in both directions."""
     small = data.draw_shapes
     monkeypatch.setattr(data, "draw_shapes", lambda n, size, seed: small(10, size, seed))
+    monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / "a.png"
     with mock.patch.object(augment, "apply_operation", wraps=augment.apply_operation) as spy:
-        augment.main(["--out", str(path), "--image-size", "16"])
+        augment.main(["--out=~/a.png", "--image-size", "16"])  # shells leave this ~ as it is
     drawn = {call.args[1:4] for call in spy.call_args_list}  # name, magnitude, sign
     assert {(name, 30, sign) for name, sign in VARIANTS if name != "Identity"} <= drawn
     assert {(name, sign) for name, _, sign in drawn} <= set(VARIANTS)

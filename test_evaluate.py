@@ -523,6 +523,14 @@ def test_a_look_at_the_last_weights_leaves_that_at_the_best_ones_alone(plain, mo
     ]
 
 
+def test_a_tilde_that_the_shell_left_is_the_home_folder(plain, monkeypatch):
+    """As in --out=~/new."""
+    monkeypatch.setenv("HOME", os.path.abspath("home"))
+    assert program(plain, "--out=~/new", "--data-dir=~/data", "--device", "cpu") == 0
+    metrics = json.loads(Path("home/new/metrics.json").read_text())
+    assert metrics["data_dir"] == os.path.abspath("home/data") and not Path("~").exists()
+
+
 @pytest.mark.parametrize("damage", ["renamed", "semicolons", "binary", "a folder", "gone"])
 def test_a_damaged_log_costs_the_curves_and_a_line_that_names_it(
     damage, plain, monkeypatch, capsys

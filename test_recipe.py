@@ -248,6 +248,15 @@ def test_a_switch_can_be_set_either_way_and_is_otherwise_left_open():
     assert "compile" not in values_of("")
 
 
+def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch):
+    """As in --out=~/x; a folder of the name ~ would be dangerous to remove."""
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert values_of("--out=~/x --data-dir=~/y") == {
+        "out": "/home/ann/x",
+        "data_dir": "/home/ann/y",
+    }
+
+
 def test_without_arguments_of_its_own_parse_reads_those_of_the_process(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--epochs", "7"])
     assert parse(None, make_parser()) == ({}, {"epochs": 7})
