@@ -266,6 +266,12 @@ def main(argv: list[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"warning: no curves: {error}", file=sys.stderr)
         out = args.out or folder
+        seen = read_metrics(out).get("data_dir")
+        if args.data_dir and seen and os.path.realpath(args.data_dir) != os.path.realpath(seen):
+            raise ValueError(
+                f"{os.path.join(out, 'metrics.json')} is of the images in {seen}: for those in "
+                f"{args.data_dir} choose another --out"
+            )
         evaluate(checkpoint, out, args.split, args.data_dir, args.device, history=history)
     except BrokenPipeError:  # as in `| head`: see log.run_program
         raise

@@ -523,6 +523,18 @@ def test_a_look_at_the_last_weights_leaves_that_at_the_best_ones_alone(plain, mo
     ]
 
 
+def test_a_look_at_other_images_does_not_replace_that_at_the_test_set(plain, capsys):
+    """Nor its pictures. The same ones by another path are no others."""
+    shutil.copytree(plain, "out")
+    before = tree()
+    assert program("out", "--data-dir", "elsewhere", "--device", "cpu") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in ("out/metrics.json", "in data", "elsewhere", "--out"))
+    assert tree() == before
+    assert program("out", "--data-dir", "elsewhere", "--out", "new", "--device", "cpu") == 0
+    assert program("out", "--data-dir", "./data/", "--device", "cpu") == 0
+
+
 def test_a_tilde_that_the_shell_left_is_the_home_folder(plain, monkeypatch):
     """As in --out=~/new."""
     monkeypatch.setenv("HOME", os.path.abspath("home"))
