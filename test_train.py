@@ -1167,7 +1167,7 @@ def test_a_picture_that_fails_does_not_cost_the_run(monkeypatch, capsys):
         raise RuntimeError("no fonts")
 
     for name in PLOTS:
-        monkeypatch.setattr(evaluate, name, fail)
+        monkeypatch.setattr(plots, name, fail)
     assert run() == 0
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith("warning: ") and "no fonts" in line for line in lines)
@@ -2080,7 +2080,7 @@ def test_a_run_on_a_gpu_mixes_no_devices_and_resumes_to_the_bits_of_a_cpu(gpu, f
         assert run(*flags, "--device", "cuda", "--max-minutes", 1e-6, out="stopped") == 0
         assert run(*flags, "--device", "cuda", "--resume", out="stopped") == 0
         for name in ("plot_attention", "plot_positions"):
-            monkeypatch.setattr(evaluate, name, PLOTS[name])
+            monkeypatch.setattr(plots, name, PLOTS[name])
         seen = len(gpu.waits)
         assert evaluate.main(["out/best.pt", "--split", "val", "--device", "cuda"]) == 0
         assert len(gpu.waits) > seen  # it was there
