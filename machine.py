@@ -175,9 +175,12 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 def versions(device: torch.device) -> dict:
     """What a number has to be traced to: commit, software, hardware."""
+    folder = Path(__file__).resolve().parent
+    # In a container the files are often another user's, whose repository git would not read.
+    trusted = f"safe.directory={folder.as_posix()}"
 
     def git(*words: str) -> str:
-        command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), *words]
+        command = ["git", "-C", folder, "-c", trusted, *words]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         except OSError:

@@ -342,6 +342,19 @@ def test_the_commit_is_that_of_the_files_and_says_whether_they_were_changed(monk
 
 
 @needs_git
+def test_files_of_another_user_have_their_commit_too(monkeypatch):
+    """As in a container; git would not read their repository ("dubious ownership")."""
+    copy_files("theirs")
+    git("init", folder="theirs")
+    git("add", ".", folder="theirs")
+    git("commit", "-m", "a", folder="theirs")
+    head = git("rev-parse", "HEAD", folder="theirs")
+    os.symlink("theirs", "linked")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert commit_in("theirs", monkeypatch) == commit_in("linked", monkeypatch) == head[:12]
+
+
+@needs_git
 def test_files_that_were_copied_into_another_repository_are_of_no_commit_of_it(monkeypatch):
     """Below its top, kept in it or not; and at its top, where they are not kept in it."""
     os.makedirs("other")
