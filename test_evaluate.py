@@ -360,8 +360,8 @@ def test_numbers_come_first_then_the_file_then_the_pictures(monkeypatch, capsys)
 
 
 def test_the_pictures_are_named_after_the_data_and_show_images_from_all_over_the_set(monkeypatch):
-    """A folder of pictures gives its own name, as "folder" says nothing. Of 80 images every tenth
-    would not do: of ten shapes that come in turn, it would be the same one eight times."""
+    """Of 80 images every tenth would not do: of ten shapes that come in turn, it would be the same
+    one eight times."""
     titles, seen = [], []
     monkeypatch.setattr(plots, "plot_positions", lambda path, model, title: titles.append(title))
     monkeypatch.setattr(plots, "plot_attention", lambda path, model, *rest: seen.append(rest))

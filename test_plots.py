@@ -58,6 +58,12 @@ def test_drawing_leaves_matplotlibs_settings_as_they_were(monkeypatch):
     assert dict(os.environ) == environment
 
 
+def test_the_data_are_called_what_they_are_and_a_folder_by_its_own_name():
+    """As "folder" says nothing."""
+    names = [plots.title_of(source, "my/pets/") for source in ("cifar10", "shapes", "folder")]
+    assert names == ["cifar10", "shapes", "pets"]
+
+
 def test_the_picture_of_the_confusion_matrix_shows_shares_of_the_true_class(axes):
     """A row is a true class and sums to 1, or to 0 for one that never occurs; counts are written
     into their squares."""
