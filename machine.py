@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -129,6 +130,11 @@ def join_processes(device: torch.device, world: int) -> torch.device:
             raise ValueError(f"{here} processes need as many GPUs, and here are {gpus}")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}  # Linux's, macOS's
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world) and loopback:
+        # All are on this machine. By the address of its name, as gloo would, they would wait for
+        # each other in vain when a laptop changes its network.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
     wait = timedelta(hours=3)  # while rank 0 downloads, decodes or evaluates
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
     return device

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -207,7 +208,35 @@ def test_compiling_that_was_asked_for_and_fails_is_an_error(monkeypatch):
         machine.should_compile(True, CPU)
 
 
-# ---- Threads ----
+# ---- Processes and threads ----
+
+
+@pytest.mark.parametrize(
+    "found, local, typed, used",
+    [
+        ("lo eth0", "3", "", "lo"),
+        ("lo0 en0", "3", "", "lo0"),
+        ("lo eth0", "3", "eth0", "eth0"),
+        ("lo eth0", "2", "", ""),
+        ("eth0", "3", "", ""),
+    ],
+    ids=["Linux", "macOS", "as the user says", "others are elsewhere", "no loopback"],
+)
+def test_processes_of_one_machine_talk_where_a_change_of_its_network_cannot_part_them(
+    found, local, typed, used, monkeypatch
+):
+    """Over the loopback interface. By the address of the machine's name, as gloo chooses, they hung
+    when that address was gone, as when a laptop leaves its Wi-Fi."""
+    seen, name = [], "GLOO_SOCKET_IFNAME"
+    monkeypatch.setattr(socket, "if_nameindex", lambda: list(enumerate(found.split(), 1)))
+    init = lambda *_, **__: seen.append(os.environ.get(name, ""))  # noqa: E731
+    monkeypatch.setattr(machine.dist, "init_process_group", init)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    monkeypatch.setenv(name, typed)
+    if not typed:
+        monkeypatch.delenv(name)
+    machine.join_processes(CPU, 3)
+    assert seen == [used]
 
 
 @pytest.mark.parametrize(

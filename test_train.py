@@ -1888,7 +1888,8 @@ def two_processes(*flags):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with (
         forked(*flags, **shared, RANK="0", LOCAL_RANK="0") as (first, output),
         forked(*flags, **shared, RANK="1", LOCAL_RANK="1") as (second, _),
