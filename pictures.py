@@ -34,7 +34,8 @@ LIKE_A_PART = re.compile(  # training_set, seg_train, test1, val2017
     r"(.*[-_ ])?(train(ing)?|test(ing)?|val(id(ation)?)?|pred)([-_ ]?(set|data|images|\d+))?"
 )
 MACHINE_MADE = (
-    *("@eaDir", "#recycle", "__MACOSX", "Thumbs.db", "desktop.ini"),
+    *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "~snapshot"),  # of NAS
+    *("__MACOSX", "Thumbs.db", "desktop.ini"),
     *("$RECYCLE.BIN", "System Volume Information", "lost+found"),  # of a disk's root
 )
 EXPECTED = (

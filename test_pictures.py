@@ -215,11 +215,13 @@ def test_different_classes_in_two_parts_are_refused_by_name(tmp_path):
 
 
 def test_hidden_and_machine_made_files_are_skipped_without_a_word(tmp_path, capsys):
-    """Copies in .ipynb_checkpoints, macOS's ._name.png and __MACOSX, thumbnails of NAS boxes."""
+    """Copies in .ipynb_checkpoints, macOS's ._name.png and __MACOSX; what NAS boxes keep of
+    pictures: thumbnails, deleted ones, earlier states."""
     train, _ = make_folder(tmp_path)
     picture = noise(1, 6, 6, 9)[0]
     hidden = [".ipynb_checkpoints", "@eaDir", "__MACOSX", "cat/.hidden", "cat/@eaDir"]
-    for folder in (*hidden, "$RECYCLE.BIN", "System Volume Information", "lost+found"):
+    hidden += ["$RECYCLE.BIN", "System Volume Information", "lost+found"]
+    for folder in (*hidden, "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "~snapshot"):
         write_picture(tmp_path / "train" / folder / "0.png", picture)
     for name in ("._0.png", "Thumbs.db", ".DS_Store", "desktop.ini"):
         (tmp_path / "train/cat" / name).write_bytes(b"not a picture")
