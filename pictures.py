@@ -142,9 +142,14 @@ def list_images(root: str, passed_over: Counter) -> dict[str, list[str]]:
     folders, loose = contents(root)
     if not folders:
         raise FileNotFoundError(f"no class folders in {root}: {found_in(root)}; {EXPECTED}")
-    images = {}
-    for folder in folders:
-        name = os.path.basename(folder)
+    images, names = {}, [os.path.basename(folder) for folder in folders]
+    for name, folder in zip(names, folders):
+        inside = {os.path.basename(path) for path in contents(folder)[0]} & {*names} - {name}
+        if inside:
+            raise ValueError(
+                f"{folder} holds {', '.join(sorted(inside))}, as does {root}: if one of the two is "
+                f"a copy of the other, as in some archives, remove it"
+            )
         if name != os.fsencode(name).decode(errors="replace"):
             raise ValueError(f"a class needs a name in UTF-8, got {name!a} in {root}")
         files = list(walk(folder, seen=set()))

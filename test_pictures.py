@@ -310,6 +310,7 @@ def test_a_part_more_does_no_harm_where_there_is_a_test(tmp_path):
             "train car",
             "valve trainer",
             "a/x b",
+            "a/a b/x",
         ),
         "boats/a cars/a cars/b trains/a",
     ],
@@ -320,6 +321,21 @@ def test_classes_may_have_folders_in_them(folders, tmp_path):
         for j in range(3):
             write_picture(tmp_path / folder / f"{i}{j}.png", noise(1, 6, 6, i + 9 * j)[0])
     assert load_folder(tmp_path).classes == sorted({x.split("/")[0] for x in folders.split()})
+
+
+@pytest.mark.parametrize(
+    "files, again",
+    [
+        # Kaggle: cell-images-for-detecting-malaria, plantdisease
+        (("cat/0", "dog/0", "pets/cat/0", "pets/dog/0"), "pets holds cat, dog,"),
+        (("PlantVillage/a/0", "plantvillage/PlantVillage/a/0"), "plantvillage holds PlantVillage,"),
+    ],
+)
+def test_a_folder_that_holds_the_classes_again_is_not_taken_for_a_class(files, again, tmp_path):
+    """It would hold copies of all the others."""
+    for file in files:
+        write_picture(tmp_path / f"{file}.png", noise(1, 6, 6, 0)[0])
+    assert again in refused(tmp_path)
 
 
 def test_files_that_are_passed_over_are_counted_by_their_ending(tmp_path, capsys):
