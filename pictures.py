@@ -187,15 +187,22 @@ def ending(path: str) -> str:
 
 
 @cache
-def picture_endings() -> set[str]:
-    """Of all formats that Pillow reads by itself, with what this installation brings along."""
+def readable_formats() -> list[str]:
+    """All formats that Pillow reads by itself, with what this installation brings along."""
     from PIL import Image
 
-    endings = Image.registered_extensions()
-    # PostScript would start Ghostscript; the others are names without a reader.
-    others = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
-    readers = {*Image.OPEN, "MPO"} - others  # MPO is read as a JPEG
-    return {x for x, kind in endings.items() if kind in readers}
+    Image.init()
+    # PostScript, whatever the file is called, would start Ghostscript, which can be made to run a
+    # stranger's code (python-pillow/Pillow#7391); the others are names without a reader.
+    return sorted({*Image.OPEN} - {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
+
+
+@cache
+def picture_endings() -> set[str]:
+    from PIL import Image
+
+    readable = {*readable_formats(), "MPO"}  # which is read as a JPEG
+    return {x for x, kind in Image.registered_extensions().items() if kind in readable}
 
 
 def is_picture(path: str) -> bool:
@@ -370,7 +377,7 @@ def open_image(path: str, image_size: int) -> Tensor:
         with open(path, "rb") as file:
             if file.read(22) == b"version https://git-lf":
                 raise ValueError("it is a Git-LFS pointer to the picture: run git lfs pull")
-        with Image.open(path) as image:
+        with Image.open(path, formats=readable_formats()) as image:
             # A JPEG scales itself by 2, 4 or 8 while it is read: to twice what is needed at least.
             # Its size is then a fraction, and the last column is not a whole one.
             draft = image.draft(None, (2 * image_size, 2 * image_size))

@@ -24,7 +24,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 import pictures
@@ -585,6 +585,19 @@ def test_a_file_that_is_not_a_whole_picture_is_refused_by_its_path(suffix, kept,
     with pytest.raises(ValueError, match=f"a{suffix}"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pictures.open_image(str(path), 8)
+
+
+def test_a_postscript_file_that_is_called_jpg_does_not_start_ghostscript(tmp_path, monkeypatch):
+    """Pillow goes by what is in a file and not by its name; and this one may be a stranger's."""
+    path = tmp_path / "holiday.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{tmp_path}/started'; echo 10.01\n")
+    (tmp_path / "gs").chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    with pytest.raises(ValueError, match="holiday.jpg: cannot identify"):
+        pictures.open_image(str(path), 8)
+    assert not (tmp_path / "started").exists()
 
 
 def test_a_pointer_of_git_lfs_is_named_as_such(tmp_path):
