@@ -393,7 +393,9 @@ def open_image(path: str, image_size: int) -> Tensor:
                 raise ValueError("pixels of mode F are not supported")
             if image.has_transparency_data:  # what lies below is often noise
                 image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                # Nowhere opaque: that is an unused byte in each pixel, as in many BMP and TGA files
+                if image.getchannel("A").getbbox():
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
     except Exception as error:  # PIL raises half a dozen types for broken files
         raise ValueError(f"cannot read the image {path}: {error}") from None

@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 import time
 import warnings
 from collections import Counter
@@ -482,6 +483,26 @@ def test_transparent_pixels_are_painted_over_white(suffix, tmp_path):
     share = alpha[..., None] / 255
     assert np.abs(share * COLOURS + (1 - share) * 255 - got).max() <= 1
     assert (got[:2] == 255).all() and np.array_equal(got[-2:], COLOURS[-2:])
+
+
+@pytest.mark.parametrize("suffix", [".tga", ".bmp"])
+def test_a_picture_that_is_nowhere_opaque_is_all_of_it_a_picture(suffix, tmp_path):
+    """Windows and Photoshop write and show such files, with a fourth byte that nobody uses; painted
+    over, a whole class would be white."""
+    path = tmp_path / f"a{suffix}"
+    picture = Image.fromarray(np.dstack([COLOURS, np.zeros_like(GREY)]))
+    if suffix == ".tga":
+        picture.save(path)
+    else:  # Pillow writes no BMP whose fourth byte is called alpha
+        pixels = np.dstack([COLOURS[::-1, :, ::-1], np.zeros_like(GREY)]).tobytes()
+        masks = [0xFF0000, 0xFF00, 0xFF, 0xFF000000]
+        head = struct.pack(
+            "<IiiHHIIiiII4I52x", 108, 6, 6, 1, 32, 3, len(pixels), 0, 0, 0, 0, *masks
+        )
+        path.write_bytes(struct.pack("<2sIII", b"BM", 122 + len(pixels), 0, 122) + head + pixels)
+        with Image.open(path) as image:
+            assert image.mode == "RGBA"
+    assert np.array_equal(pictures.open_image(str(path), 6), COLOURS.transpose(2, 0, 1))
 
 
 def test_a_transparent_colour_of_a_palette_a_grey_or_a_gif_is_white_too(tmp_path):
