@@ -52,7 +52,9 @@ def load_folder(data_dir: str, image_size: int, only_test: bool = False) -> tupl
     """
     if not os.path.isdir(data_dir):
         raise FileNotFoundError(f"no folder {data_dir}: {EXPECTED}")
-    folders = {os.path.basename(path).lower(): path for path in contents(data_dir)[0]}
+    folders, loose = contents(data_dir)
+    refuse_dead_links(loose)
+    folders = {os.path.basename(path).lower(): path for path in folders}
     parts = {name: folders[name] for name in ("train", "test", *VAL_NAMES) if name in folders}
     # A class may be called "train", as in cars, ships and trains: it has no folders in it.
     if len(parts) < len(folders) and not any(contents(path)[0] for path in parts.values()):
@@ -142,6 +144,7 @@ def list_images(root: str, passed_over: Counter) -> dict[str, list[str]]:
     folders, loose = contents(root)
     if not folders:
         raise FileNotFoundError(f"no class folders in {root}: {found_in(root)}; {EXPECTED}")
+    refuse_dead_links(loose)
     images, names = {}, [os.path.basename(folder) for folder in folders]
     for name, folder in zip(names, folders):
         inside = {os.path.basename(path) for path in contents(folder)[0]} & {*names} - {name}
@@ -165,6 +168,17 @@ def list_images(root: str, passed_over: Counter) -> dict[str, list[str]]:
     if pictures := sum(is_picture(path) for path in loose):
         passed_over["outside the class folders"] += pictures
     return dict(sorted(images.items()))
+
+
+def refuse_dead_links(paths: list[str]):
+    """FileNotFoundError for a link to what is not there, as on a disk that is not mounted.
+
+    It may have been a class, or a part.
+    """
+    for path in paths:
+        target = os.path.realpath(path)
+        if not os.path.lexists(target):
+            raise FileNotFoundError(f"{path} is a link to {target}, which is not there")
 
 
 def found_in(folder: str) -> str:

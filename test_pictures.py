@@ -386,6 +386,18 @@ def test_a_picture_that_is_a_link_to_nowhere_or_to_itself_is_named(target, tmp_p
     assert str(tmp_path / "train/cat/9.png") in refused(tmp_path)
 
 
+@pytest.mark.parametrize("link", ["emu", "train/emu", "val", "test"])
+def test_a_class_or_a_part_that_is_a_link_to_nowhere_is_named(link, tmp_path):
+    """Its disk is not mounted. A class would be gone without a word, and a test part be replaced by
+    a fifth of the training images."""
+    make_folder(tmp_path)
+    if link == "test":
+        shutil.rmtree(tmp_path / "test")
+    (tmp_path / link).symlink_to(tmp_path / "away" / "there")
+    message = refused(tmp_path, FileNotFoundError)
+    assert f"{tmp_path / link} is a link to {tmp_path}/away/there, which is not there" in message
+
+
 def test_an_accent_in_one_character_or_in_two_is_the_same_class(tmp_path):
     """macOS unpacks café in five characters, Linux in four; within a part and between two."""
     one, two = "caf\u00e9", "cafe\u0301"
