@@ -425,7 +425,9 @@ def eight_bits(levels: np.ndarray) -> np.ndarray:
     """Integer levels of grey as uint8.
 
     The file does not say how many bits its camera had: the least of 8, 10, 12, 14 and 16 that holds
-    the brightest pixel. 12-bit data shifted as if it had 16 would be nearly black.
+    the brightest pixel. 12-bit data shifted as if it had 16 would be nearly black. So a picture in
+    the dark may come out brighter than another of the same camera: where the level itself matters,
+    convert the files to 8 bits by one rule first.
     """
     brightest = int(levels.max())
     if levels.min() < 0 or brightest >= 2**16:

@@ -25,7 +25,9 @@ def draw(plot, path: str, *arguments):
         import matplotlib
         from matplotlib import font_manager
 
-        wanted = ("DejaVu Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "Noto Sans")
+        # before 3.11, Matplotlib sees only the first of the fonts in a file: of Noto's it is JP
+        chinese = ("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Microsoft YaHei")
+        wanted = ("DejaVu Sans", *chinese, "Noto Sans")
         installed = {font.name for font in font_manager.fontManager.ttflist}
         with matplotlib.rc_context(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # a box in its place says enough
