@@ -2,7 +2,7 @@
 One step of training: what moves the weights, and by how much.
 
     images, targets -> forward -> loss -> gradients -> unscale, clip -> AdamW or Muon -> average
-                                                             the learning rate follows OneCycleLR
+                       (several processes: their mean)       the learning rate follows OneCycleLR
 
 State holds all that a step changes, and so all that a checkpoint must hold.
 
@@ -30,7 +30,6 @@ class State:
     """What train_step works on."""
 
     model: VisionTransformer
-    forward: nn.Module  # the model as training calls it: wrapped, where processes share the batch
     compiled: bool  # whether its blocks are
     ema: VisionTransformer | None
     optimizer: torch.optim.Optimizer
@@ -41,7 +40,7 @@ class State:
     def state_dict(self) -> dict:
         """Everything the next step depends on, as plain data that loads with weights_only=True."""
         return {
-            "model": self.model.state_dict(),  # the bare one's: no prefix from compiling, wrapping
+            "model": self.model.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -107,12 +106,9 @@ def build_state(
         # dynamic=False: else the second batch size would make it compile for any, slower.
         for block in [*model.blocks, *(ema.blocks if ema else [])]:
             block.compile(dynamic=False)
-    forward = model
-    if dist.is_available() and dist.is_initialized():  # AMD's builds for Windows lack all of it
-        forward = nn.parallel.DistributedDataParallel(model)
     dtype = pick_dtype(config.dtype, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return State(model, forward, compiled, ema, optimizer, scheduler, scaler, dtype)
+    return State(model, compiled, ema, optimizer, scheduler, scaler, dtype)
 
 
 def change_lr(state: State, factor: float):
@@ -133,6 +129,22 @@ def update_ema(state: State, decay: float):
         )
 
 
+def average_gradients(model: VisionTransformer):
+    """Replace the gradients by their mean over all processes, each of which has an equal share.
+
+    DistributedDataParallel would do it while backward is still at work. But it changes the order of
+    its sums after a process's first step (pytorch/pytorch#35137), and so a resumed run of three
+    processes would not end in the same bits: (a + b) + c is not always a + (b + c).
+    """
+    if not (dist.is_available() and dist.is_initialized()):  # AMD's builds for Windows lack all
+        return
+    gradients = [parameter.grad for parameter in model.parameters()]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message, not hundreds
+    dist.all_reduce(flat)
+    means = (flat / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [m.view_as(g) for m, g in zip(means, gradients)])
+
+
 def train_step(
     state: State, images: Tensor, targets: Tensor, config: TrainConfig
 ) -> tuple[Tensor, Tensor]:
@@ -142,12 +154,13 @@ def train_step(
     """
     # the loss
     with torch.autocast(images.device.type, state.dtype, enabled=state.dtype != torch.float32):
-        logits = state.forward(images)
+        logits = state.model(images)
     loss = F.cross_entropy(logits.float(), targets)
 
     # the gradient, at its true size: float16 needs it scaled up on the way back
     state.optimizer.zero_grad()
     state.scaler.scale(loss).backward()
+    average_gradients(state.model)
     state.scaler.unscale_(state.optimizer)
     largest = config.grad_clip or math.inf  # inf: only measured
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), largest)

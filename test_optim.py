@@ -15,7 +15,6 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -99,17 +98,6 @@ def test_a_state_loads_where_another_dtype_is_computed_with(there, here):
     assert state.scaler.state_dict() == fresh
     optim.train_step(state, *small_batch(0), config)
     assert state.scheduler.last_epoch == 1
-
-
-# ---- What training calls ----
-
-
-def test_a_pytorch_without_distributed_trains(monkeypatch):
-    """AMD's builds for Windows lack all of torch.distributed but is_available()."""
-    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
-    monkeypatch.delattr(torch.distributed, "is_initialized")
-    state = build(TrainConfig())
-    assert state.forward is state.model
 
 
 # ---- Groups and schedule ----
@@ -384,15 +372,35 @@ def test_the_step_computes_in_bfloat16_and_keeps_float32():
     assert {p.grad.dtype for p in state.model.parameters()} == {torch.float32}
 
 
-def test_the_forward_pass_is_the_wrapped_one_and_the_names_are_the_bare_ones():
-    """Where processes share the batch, the wrapper exchanges gradients, and has a prefix."""
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_processes_that_share_a_batch_take_the_step_of_one(dtype, monkeypatch):
+    """Three equal shares, of which each process computes one. What all_reduce adds is one tensor,
+    all gradients in the order of the parameters: in every step of every process the same sum."""
+    config, state = small_state(dtype=dtype, grad_clip=0.05)
+    _, one = small_state(dtype=dtype, grad_clip=0.05)
+    batches = [small_batch(seed) for seed in range(3)]
+    optim.train_step(one, *map(torch.cat, zip(*batches)), config)
+    flats = []
+    for images, targets in batches[1:]:
+        _, other = small_state(dtype=dtype)
+        loss = F.cross_entropy(other.model(images).float(), targets)
+        other.scaler.scale(loss).backward()
+        flats.append(torch.cat([p.grad.flatten() for p in other.model.parameters()]))
+    monkeypatch.setattr(optim.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(optim.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(optim.dist, "all_reduce", lambda flat: flat.add_(sum(flats)))
+    optim.train_step(state, *batches[0], config)
+    for ours, expected in zip(state.model.parameters(), one.model.parameters(), strict=True):
+        close(ours, expected, 1e-6)
+
+
+def test_a_pytorch_without_distributed_trains(monkeypatch):
+    """AMD's builds for Windows lack all of torch.distributed but is_available()."""
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "is_initialized")
     config, state = small_state()
-    names, images = list(state.state_dict()["model"]), small_batch(0)[0]
-    state.forward = nn.Sequential(state.model, nn.Softmax(1))
-    targets = torch.full((6, 3), 1 / 3)
-    expected = F.cross_entropy(state.forward(images).float(), targets)
-    loss, _ = optim.train_step(state, images, targets, config)
-    assert torch.equal(loss, expected) and list(state.state_dict()["model"]) == names
+    optim.train_step(state, *small_batch(0), config)
+    assert state.scheduler.last_epoch == 1
 
 
 @pytest.mark.parametrize("grad_clip", [0.0, 0.05])
