@@ -151,20 +151,21 @@ def lock(out: str) -> int | None:
     The system closes it, too, when the process dies. None where it knows no such locks (Windows,
     some network drives). ValueError where another process has it.
     """
+    # On a file that is open for writing: NFS tells other machines of no other locks.
     try:
         import fcntl
 
-        folder = os.open(out, os.O_RDONLY)
+        file = os.open(os.path.join(out, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
     except (ImportError, OSError):
         return None
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(folder)
+        os.close(file)
         raise ValueError(f"another run is writing to {out}: choose another --out") from None
     except OSError:
         pass
-    return folder
+    return file
 
 
 def saved_in(out: str) -> str:
