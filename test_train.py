@@ -766,6 +766,27 @@ def test_a_run_that_came_and_went_while_another_read_its_data_is_not_overwritten
     def load(*args, **kwargs):
         if not codes:
             codes.append(None)
+def test_a_run_that_has_gone_on_while_another_waited_to_resume_it_is_not_set_back(
+    monkeypatch, capsys
+):
+    """The second reads last.pt, then data and more; meanwhile the first ends and lets go."""
+    assert run("--epochs", 4, "--max-minutes", 1e-9) == 0
+    real = train.prepare
+
+    def wait(*args):
+        late = real(*args)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "prepare", real)
+            assert run("--epochs", 4, "--resume") == 0
+        return late
+
+    monkeypatch.setattr(train, "prepare", wait)
+    assert run("--epochs", 4, "--resume") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == "error: another run has gone on in out meanwhile: try again"
+    assert saved()["epoch"] == 4 and len(read_csv()) == 4
+
+
             codes[0] = run("--seed", 1)
         return real(*args, **kwargs)
 

@@ -427,8 +427,10 @@ def main(argv: list[str] | None = None) -> int:
             run = prepare(preset, flags, rank, world)
             if rank == 0:
                 lock_file = checkpoint.lock(out)
-                if run.epoch == 0:  # another run may have come and gone while the data were read
-                    checkpoint.check_out(out, resume=False)
+                # another run may have come and gone while the data were read
+                last = checkpoint.check_out(out, resume=run.epoch > 0)
+                if last and last["epoch"] != run.epoch:
+                    raise ValueError(f"another run has gone on in {out} meanwhile: try again")
         except BrokenPipeError:  # as in `| head`: see log.run_program
             raise
         except (ValueError, OSError) as error:  # what was typed is the same for all, a disk is not
