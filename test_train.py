@@ -1292,15 +1292,24 @@ def test_a_run_whose_time_is_out_with_its_last_epoch_is_complete(capsys):
 
 
 def test_the_time_left_is_the_mean_epoch_times_their_number(monkeypatch, capsys):
-    """Of 10, 30, 20 and 40 s. The last epoch alone would make it jump."""
+    """Of 10, 30, 20 and 40 s, but the first. The last epoch alone would make it jump."""
     Clock(monkeypatch).takes("train_epoch", 10, 30, 20, 40)
     assert run("--epochs", 4) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     left = [words[-1] for words in lines if words and words[0] in ("1", "2", "3", "4")]
-    assert left == ["0:30", "0:40", "0:20", "0:00"]
+    assert left == ["0:30", "1:00", "0:25", "0:00"]
 
 
 @pytest.mark.parametrize(
+def test_the_epoch_in_which_the_blocks_are_compiled_is_not_expected_again(monkeypatch, capsys):
+    """After 60 s and eleven times 10, another 11 would not fit into three minutes. (Another 66, and
+    it were over after seven epochs.)"""
+    Clock(monkeypatch).takes("train_epoch", 60, *[10] * 19)
+    assert run("--epochs", 20, "--max-minutes", 3, "--save-every", 100) == 0
+    assert saved()["epoch"] == 12
+    assert capsys.readouterr().out.splitlines()[-3].split()[-1] == "1:20"  # left: eight of 10
+
+
     "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_a_signal_ends_the_run_with_two_lines(number, code, monkeypatch, capsys, plain):

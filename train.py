@@ -332,7 +332,7 @@ def rank_0_decides(run: Run, decision: bool) -> bool:
 def train(run: Run, began: float, argv: list[str] | None):
     """The epochs, and the one look at the test set when they are all done."""
     config, first = run.config, run.epoch + 1
-    epoch_seconds, longest_save = [], 0.0
+    seconds, longest_save = [], 0.0
     saved, out_of_time = -math.inf, False
     for epoch in range(first, config.epochs + 1):
         # train, then validate
@@ -342,13 +342,14 @@ def train(run: Run, began: float, argv: list[str] | None):
         if is_last or epoch % config.eval_every == 0:
             validate_epoch(run, row)
         row["seconds"] = time.monotonic() - epoch_began
-        epoch_seconds.append(row["seconds"])
+        seconds.append(row["seconds"])
+        usual = seconds[1:] or seconds  # in the first epoch torch.compile is at work
         run.epoch = epoch
         run.history.append(row)
 
         # is there time for this save, another epoch and its save? A tenth to spare, as they vary
         if config.max_minutes:
-            needed = 1.1 * (longest_save + max(epoch_seconds) + longest_save)
+            needed = 1.1 * (longest_save + max(usual) + longest_save)
             over = time.monotonic() - began + needed > 60 * config.max_minutes
             out_of_time = rank_0_decides(run, over)
 
@@ -362,8 +363,8 @@ def train(run: Run, began: float, argv: list[str] | None):
             longest_save = max(longest_save, saved - save_began)
 
         # say so
-        mean_seconds = sum(epoch_seconds) / len(epoch_seconds)
-        run.say(log.line(row, mean_seconds * (config.epochs - epoch), run.unused))
+        left = sum(usual) / len(usual) * (config.epochs - epoch)
+        run.say(log.line(row, left, run.unused))
         if out_of_time and not is_last:
             run.say(f"out of time: {checkpoint.saved_in(config.out)}")
             run.say(f"continue with: {log.command(argv, run.world)}")
