@@ -1242,6 +1242,7 @@ def test_out_of_memory_is_one_line_that_says_what_is_kept(error, monkeypatch, ca
     [
         "CUDA error: an illegal memory access was encountered",
         "value cannot be converted to type uint8_t without overflow",
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_any_other_failure_of_torch_keeps_its_traceback(text, monkeypatch):
