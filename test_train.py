@@ -361,7 +361,7 @@ def test_where_the_data_lie_reaches_the_loader(monkeypatch):
 
 
 def test_compiling_leaves_no_trace_in_the_checkpoint(monkeypatch, plain):
-    """torch.compile's wrapper would prefix every name with _orig_mod, DDP's with module."""
+    """torch.compile's wrapper would prefix every name with _orig_mod."""
     compiled = []
 
     def compile_(call, **_):
@@ -695,20 +695,45 @@ def test_without_an_accelerator_the_full_recipe_stops_at_once(monkeypatch, capsy
     assert not tree()
 
 
+@pytest.fixture
+def joined(monkeypatch):
+    """The other processes are as far, and of the same mind."""
+
+    def all_gather_object(seen, mine):
+        seen[:] = [mine] * len(seen)
+
+    monkeypatch.setattr(train.dist, "all_gather_object", all_gather_object)
+    for name in ("init_process_group", "barrier"):
+        monkeypatch.setattr(train.dist, name, lambda *_, **__: None)
+
+
 @pytest.mark.parametrize("rank, order", [(0, ["load", "barrier"]), (1, ["barrier", "load"])])
-def test_the_first_process_gets_the_data_before_the_others_do(rank, order, monkeypatch):
+def test_the_first_process_gets_the_data_before_the_others_do(rank, order, joined, monkeypatch):
     """It downloads and decodes for all."""
     seen, load = [], data.load
-    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(train.dist, "barrier", lambda: seen.append("barrier"))
     monkeypatch.setattr(data, "load", lambda *args: seen.append("load") or load(*args))
     prepare(rank=rank, world=2)
     assert seen == order
 
 
-def test_the_hundred_percent_of_mfu_is_the_peak_of_all_processes_together(monkeypatch):
-    for name in ("init_process_group", "barrier"):
-        monkeypatch.setattr(train.dist, name, lambda *_, **__: None)
+@pytest.mark.parametrize("other", ["begins anew", "has other pictures"])
+def test_processes_that_see_different_runs_or_images_are_refused(other, plain, joined, monkeypatch):
+    """On two machines with a disk each: only the first's has the run, which the other would begin
+    anew. They averaged the gradients of two different models, and saved them."""
+    shutil.copytree(plain, "out")
+    theirs = (0, DATASET.fingerprint) if other == "begins anew" else (2, "of others")
+
+    def all_gather_object(seen, mine):
+        seen[:] = [mine, theirs]
+
+    assert prepare("--resume", world=2).epoch == 2
+    monkeypatch.setattr(train.dist, "all_gather_object", all_gather_object)
+    with pytest.raises(ValueError, match="--out and --data-dir must lie on a disk that all"):
+        prepare("--resume", world=2)
+
+
+def test_the_hundred_percent_of_mfu_is_the_peak_of_all_processes_together(joined):
     assert [prepare(world=world).peak for world in (1, 4)] == [1e12, 4e12]
 
 
@@ -741,6 +766,27 @@ def test_a_run_in_a_folder_of_pictures_is_refused(tmp_path, capsys):
     assert run("--data-dir", "pets", "--max-minutes", 1e-9, out="pets/shapes") == 0  # no pictures
 
 
+def test_a_run_that_has_gone_on_while_another_waited_to_resume_it_is_not_set_back(
+    monkeypatch, capsys
+):
+    """The second reads last.pt, then data and more; meanwhile the first ends and lets go."""
+    assert run("--epochs", 4, "--max-minutes", 1e-9) == 0
+    real = train.prepare
+
+    def wait(*args):
+        late = real(*args)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "prepare", real)
+            assert run("--epochs", 4, "--resume") == 0
+        return late
+
+    monkeypatch.setattr(train, "prepare", wait)
+    assert run("--epochs", 4, "--resume") == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == "error: another run has gone on in out meanwhile: try again"
+    assert saved()["epoch"] == 4 and len(read_csv()) == 4
+
+
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_runs(monkeypatch, capsys):
     """From its start, before anything is saved, to its end."""
     real, codes = train.train_epoch, []
@@ -766,27 +812,6 @@ def test_a_run_that_came_and_went_while_another_read_its_data_is_not_overwritten
     def load(*args, **kwargs):
         if not codes:
             codes.append(None)
-def test_a_run_that_has_gone_on_while_another_waited_to_resume_it_is_not_set_back(
-    monkeypatch, capsys
-):
-    """The second reads last.pt, then data and more; meanwhile the first ends and lets go."""
-    assert run("--epochs", 4, "--max-minutes", 1e-9) == 0
-    real = train.prepare
-
-    def wait(*args):
-        late = real(*args)
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "prepare", real)
-            assert run("--epochs", 4, "--resume") == 0
-        return late
-
-    monkeypatch.setattr(train, "prepare", wait)
-    assert run("--epochs", 4, "--resume") == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert line == "error: another run has gone on in out meanwhile: try again"
-    assert saved()["epoch"] == 4 and len(read_csv()) == 4
-
-
             codes[0] = run("--seed", 1)
         return real(*args, **kwargs)
 
@@ -1217,10 +1242,11 @@ def test_a_disk_that_is_really_full_ends_the_run_in_the_same_way(capsys):
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("x: can't allocate memory"),
         MemoryError(),
     ],
-    ids=["gpu", "cpu", "python"],
+    ids=["gpu", "cublas", "cpu", "python"],
 )
 def test_out_of_memory_is_one_line_that_says_what_is_kept(error, monkeypatch, capsys):
     """In the eighth step, say, because another program has taken the GPU's memory."""
@@ -1242,7 +1268,6 @@ def test_out_of_memory_is_one_line_that_says_what_is_kept(error, monkeypatch, ca
     [
         "CUDA error: an illegal memory access was encountered",
         "value cannot be converted to type uint8_t without overflow",
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 def test_any_other_failure_of_torch_keeps_its_traceback(text, monkeypatch):
@@ -1276,6 +1301,15 @@ def test_max_minutes_ends_at_an_epoch_boundary_before_the_time_is_up(minutes, mo
     assert len(read_csv()) == 8
 
 
+def test_the_epoch_in_which_the_blocks_are_compiled_is_not_expected_again(monkeypatch, capsys):
+    """After 60 s and eleven times 10, another 11 would not fit into three minutes. (Another 66, and
+    it were over after seven epochs.)"""
+    Clock(monkeypatch).takes("train_epoch", 60, *[10] * 19)
+    assert run("--epochs", 20, "--max-minutes", 3, "--save-every", 100) == 0
+    assert saved()["epoch"] == 12
+    assert capsys.readouterr().out.splitlines()[-3].split()[-1] == "1:20"  # left: eight of 10
+
+
 def test_max_minutes_counts_the_saves_too(monkeypatch):
     """Epochs of 10 s and saves of 6 s by a false clock: three are done after 48 s, and a fourth
     would be after 64 s."""
@@ -1302,15 +1336,6 @@ def test_the_time_left_is_the_mean_epoch_times_their_number(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-def test_the_epoch_in_which_the_blocks_are_compiled_is_not_expected_again(monkeypatch, capsys):
-    """After 60 s and eleven times 10, another 11 would not fit into three minutes. (Another 66, and
-    it were over after seven epochs.)"""
-    Clock(monkeypatch).takes("train_epoch", 60, *[10] * 19)
-    assert run("--epochs", 20, "--max-minutes", 3, "--save-every", 100) == 0
-    assert saved()["epoch"] == 12
-    assert capsys.readouterr().out.splitlines()[-3].split()[-1] == "1:20"  # left: eight of 10
-
-
     "number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_a_signal_ends_the_run_with_two_lines(number, code, monkeypatch, capsys, plain):
@@ -1684,10 +1709,8 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_epoch(mo
     assert "cannot write to the output folder out" in line and tree() == {"out": None}
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch, capsys):
+def test_a_batch_that_the_processes_cannot_share_is_refused(joined, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    for name in ("init_process_group", "barrier"):
-        monkeypatch.setattr(train.dist, name, lambda *_, **__: None)
     assert run() == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "batch_size 8 is not divisible by the 3 processes" in line and not tree()
@@ -1734,7 +1757,7 @@ def test_of_several_processes_one_whose_disk_lacks_the_data_says_so(monkeypatch,
         assert capsys.readouterr().err == f"{told}\n"
 
 
-def test_of_several_processes_one_says_what_the_data_are(monkeypatch, capsys):
+def test_of_several_processes_one_says_what_the_data_are(joined, monkeypatch, capsys):
     """What pictures.py prints, every process would."""
 
     def load(*args, real=data.load):
@@ -1742,8 +1765,6 @@ def test_of_several_processes_one_says_what_the_data_are(monkeypatch, capsys):
         return real(*args)
 
     monkeypatch.setattr(data, "load", load)
-    for name in ("init_process_group", "barrier"):
-        monkeypatch.setattr(train.dist, name, lambda *_, **__: None)
     for rank in (0, 1):
         prepare(rank=rank, world=2)
         assert ("set aside for the test" in capsys.readouterr().out) == (rank == 0)
@@ -2121,26 +2142,25 @@ def test_a_run_on_a_gpu_mixes_no_devices_and_resumes_to_the_bits_of_a_cpu(gpu, f
     assert difference(outcome("stopped/last.pt"), outcome("cpu/last.pt")) is None
 
 
-def test_each_process_takes_the_gpu_of_its_number(gpu, monkeypatch):
+def test_each_process_takes_the_gpu_of_its_number(gpu, joined, monkeypatch):
     """Its own, before NCCL starts; else all of them would sit on the first."""
     calls = []
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(train.dist, "init_process_group", lambda name, **_: calls.append(name))
-    monkeypatch.setattr(train.dist, "barrier", lambda: None)
     with gpu:
         ours = prepare("--device", "cuda", "--dtype", "bfloat16", rank=1, world=2)
     assert calls == [torch.device("cuda", 1), "nccl"] and ours.device == calls[0]
 
 
-def test_more_processes_than_gpus_are_refused(gpu, monkeypatch):
+def test_more_processes_than_gpus_are_refused(gpu, joined, monkeypatch):
     """By all of them, so that the first can say so. Only those of this machine count."""
-    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: pytest.fail("too late"))
+    late = lambda *_, **__: pytest.fail("too late")  # noqa: E731
     for rank in (0, 2):
-        with gpu, pytest.raises(ValueError, match="3 processes need as many GPUs, and here are 2"):
-            prepare("--device", "cuda", rank=rank, world=3)
-    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(train.dist, "barrier", lambda: None)
+        with monkeypatch.context() as patch, gpu:
+            patch.setattr(train.dist, "init_process_group", late)
+            with pytest.raises(ValueError, match="3 processes need as many GPUs, and here are 2"):
+                prepare("--device", "cuda", rank=rank, world=3)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

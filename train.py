@@ -216,6 +216,14 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     config, vit_config = recipe.build_configs(values, len(dataset.classes))
     train_set, val_set = data.hold_out(dataset, config.val_size, config.seed)
     fingerprint = dataset.fingerprint
+    if world > 1:
+        seen = [None] * world
+        dist.all_gather_object(seen, (last["epoch"] if last else 0, fingerprint))
+        if len({*seen}) > 1:  # on two machines, say, each with a disk of its own
+            raise ValueError(
+                "the processes see different runs or different images: --out and --data-dir must "
+                "lie on a disk that all of them share"
+            )
     dataset = replace(dataset, train_images=torch.empty(0))  # split, they need not be kept twice
     n = len(train_set[0])
     recipe.refuse_hours(config, vit_config, device.type, n)
