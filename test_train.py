@@ -1935,19 +1935,20 @@ def assert_like_one_process(out):
 
 
 @contextlib.contextmanager
-def two_processes(*flags):
+def processes(world, *flags):
     """What torchrun starts; gives the first one's output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with (
-        forked(*flags, **shared, RANK="0", LOCAL_RANK="0") as (first, output),
-        forked(*flags, **shared, RANK="1", LOCAL_RANK="1") as (second, _),
-    ):
-        yield output
-        for process in (first, second):
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(forked(*flags, **shared, RANK=str(i), LOCAL_RANK=str(i)))
+            for i in range(world)
+        ]
+        yield started[0][1]
+        for process, _ in started:
             process.join(60)
             assert process.exitcode == 0
 
@@ -1957,7 +1958,7 @@ def test_two_processes_train_like_one(folder):
     """Same batches, same schedule, gradients averaged. And what two have begun, here copied when
     they had just saved their first epoch, one can finish."""
     flags = [*folder, "--epochs", "5", "--lr", "1e-3"]
-    with two_processes(*flags, "--out", "two") as output:
+    with processes(2, *flags, "--out", "two") as output:
         wait_for(output, "1 ")
         os.makedirs("begun")
         shutil.copy("two/last.pt", "begun")
@@ -1967,6 +1968,16 @@ def test_two_processes_train_like_one(folder):
     assert main(*flags, "--out", "begun", "--resume") == 0
     for out in ("two", "begun"):
         assert_like_one_process(out)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_three_processes_stopped_and_resumed_equal_three_that_went_straight_through(folder):
+    """To the bit. From three on, the order in which gradients are added is in the last one."""
+    flags = [*folder, "--epochs", "2", "--batch-size", "9", "--lr", "0.01"]
+    for more in (["straight"], ["parts", "--max-minutes", "1e-9"], ["parts", "--resume"]):
+        with processes(3, *flags, "--out", *more):
+            pass
+    assert difference(contents("parts/last.pt"), contents("straight/last.pt")) is None
 
 
 def torchrun(*flags):
