@@ -379,7 +379,7 @@ def test_processes_that_share_a_batch_take_the_step_of_one(dtype, monkeypatch):
     config, state = small_state(dtype=dtype, grad_clip=0.05)
     _, one = small_state(dtype=dtype, grad_clip=0.05)
     batches = [small_batch(seed) for seed in range(3)]
-    optim.train_step(one, *map(torch.cat, zip(*batches)), config)
+    _, expected_norm = optim.train_step(one, *map(torch.cat, zip(*batches)), config)
     flats = []
     for images, targets in batches[1:]:
         _, other = small_state(dtype=dtype)
@@ -389,7 +389,8 @@ def test_processes_that_share_a_batch_take_the_step_of_one(dtype, monkeypatch):
     monkeypatch.setattr(optim.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(optim.dist, "get_world_size", lambda: 3)
     monkeypatch.setattr(optim.dist, "all_reduce", lambda flat: flat.add_(sum(flats)))
-    optim.train_step(state, *batches[0], config)
+    _, norm = optim.train_step(state, *batches[0], config)
+    close(norm, expected_norm, 1e-6)
     for ours, expected in zip(state.model.parameters(), one.model.parameters(), strict=True):
         close(ours, expected, 1e-6)
 

@@ -722,10 +722,10 @@ def test_processes_that_see_different_runs_or_images_are_refused(other, plain, j
     """On two machines with a disk each: only the first's has the run, which the other would begin
     anew. They averaged the gradients of two different models, and saved them."""
     shutil.copytree(plain, "out")
-    theirs = (0, DATASET.fingerprint) if other == "begins anew" else (2, "of others")
 
     def all_gather_object(seen, mine):
-        seen[:] = [mine, theirs]
+        epoch, fingerprint = mine
+        seen[:] = [mine, (0, fingerprint) if other == "begins anew" else (epoch, "another")]
 
     assert prepare("--resume", world=2).epoch == 2
     monkeypatch.setattr(train.dist, "all_gather_object", all_gather_object)
