@@ -766,22 +766,24 @@ def test_a_run_in_a_folder_of_pictures_is_refused(tmp_path, capsys):
     assert run("--data-dir", "pets", "--max-minutes", 1e-9, out="pets/shapes") == 0  # no pictures
 
 
-def test_a_run_that_has_gone_on_while_another_waited_to_resume_it_is_not_set_back(
-    monkeypatch, capsys
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["fresh", "resumed"])
+def test_a_run_that_has_gone_on_while_another_was_reading_is_not_set_back(
+    resume, monkeypatch, capsys
 ):
     """The second reads last.pt, then data and more; meanwhile the first ends and lets go."""
-    assert run("--epochs", 4, "--max-minutes", 1e-9) == 0
+    flags = ["--epochs", 4, *resume]
+    assert not resume or run(*flags, "--max-minutes", 1e-9) == 0
     real = train.prepare
 
     def wait(*args):
         late = real(*args)
         with monkeypatch.context() as patch:
             patch.setattr(train, "prepare", real)
-            assert run("--epochs", 4, "--resume") == 0
+            assert run(*flags) == 0
         return late
 
     monkeypatch.setattr(train, "prepare", wait)
-    assert run("--epochs", 4, "--resume") == 2
+    assert run(*flags) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line == "error: another run has gone on in out meanwhile: try again"
     assert saved()["epoch"] == 4 and len(read_csv()) == 4
