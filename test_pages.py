@@ -226,6 +226,20 @@ def test_the_readme_is_short():
     assert len(README.encode()) < 16_000
 
 
+@pytest.mark.slow
+def test_the_pictures_of_the_pages_can_be_drawn_again(tmp_path):
+    """From the logs and the weights beside them."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "assets", tmp_path / "assets")
+    names = ("pipeline", "schedule", "roofline", "cost", "laptop/biases")
+    drawn = [tmp_path / f"assets/{name}.png" for name in names]
+    for path in drawn:
+        path.unlink()
+    subprocess.run([sys.executable, "assets/draw.py"], cwd=tmp_path, check=True)
+    assert all(path.exists() for path in drawn)
+
+
 # --- the tutorial's exercises ---------------------------------------------------------------------
 
 

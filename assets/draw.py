@@ -1,4 +1,5 @@
-"""Draws the pictures of the pages that train.py does not draw. From the repository's root:
+"""Draws the pictures of the pages that no program draws: pipeline, schedule, roofline, cost and
+biases. From the repository's root:
 
 python assets/draw.py                              with a drawn shape for an example
 python assets/draw.py folder data/cifar10-jpeg     with a picture of that dataset
@@ -15,6 +16,7 @@ import checkpoint
 import data
 import evaluate
 import optim
+import plots
 import recipe
 from vit import PatchEmbedding, ViTConfig
 
@@ -32,7 +34,7 @@ def draw_pipeline(path: str, image: torch.Tensor):
             y, x = i + i // p * gap, j + j // p * gap
             cut[:, y : y + p, x : x + p] = image[:, i : i + p, j : j + p]
 
-    figure, [[axis]] = evaluate.new_figure(figsize=(8.3, 2.5))
+    figure, [[axis]] = plots.new_figure(figsize=(8.3, 2.5))
     axis.set_xlim(0, 8.3)
     axis.set_ylim(0, 2.5)
     axis.axis("off")
@@ -68,7 +70,7 @@ def draw_pipeline(path: str, image: torch.Tensor):
 
 def draw_schedule(path: str):
     """The learning rate of deit and strong over 300 epochs, asked of their own schedulers."""
-    figure, [[axis]] = evaluate.new_figure(figsize=(8.3, 3.6))
+    figure, [[axis]] = plots.new_figure(figsize=(8.3, 3.6))
     for name in ("deit", "strong"):
         config, _ = recipe.build_configs(recipe.PRESETS[name] | {"optimizer": "adamw"})
         steps, rates = 45_000 // config.batch_size * config.epochs, []
@@ -97,7 +99,7 @@ def draw_roofline(path: str):
     flops = 3 * ViTConfig().flops_per_image  # of a step, per image
     moved = {"eager": 51.2e6, "compiled": 32.6e6, "ideal fusion": 25.2e6}  # bytes per image
     chips = {"an H200": (790e12, 4.3e12), "a T4": (65e12, 0.32e12)}  # 16-bit FLOP/s and bytes/s
-    figure, [[axis]] = evaluate.new_figure(figsize=(8, 4.5))
+    figure, [[axis]] = plots.new_figure(figsize=(8, 4.5))
     for chip, (peak, bandwidth) in chips.items():
         x = [20, peak / bandwidth, 600]
         y = [min(peak, i * bandwidth) / 1e12 for i in x]
@@ -151,7 +153,7 @@ OURS = (  # the same, measured here on the JPEG copy, chosen on held-out images
 
 def draw_cost(path: str):
     """Accuracy against training cost: 3 x forward FLOPs x images seen."""
-    figure, [[axis]] = evaluate.new_figure(figsize=(8.3, 4.5))
+    figure, [[axis]] = plots.new_figure(figsize=(8.3, 4.5))
     for chosen, marker in ((HELD_OUT, "o"), (OTHERS, "x")):
         points = [(x, y) for x, y, _, how in PUBLISHED if how == chosen]
         label = f"published, CIFAR-10, epoch chosen {chosen}"
@@ -178,7 +180,7 @@ def draw_biases(path: str, checkpoint_path: str):
     config = model.config
     reach = 2 * config.side - 1
     size = (0.85 * config.heads + 1.2, 0.85 * config.depth + 0.9)
-    figure, axes = evaluate.new_figure(config.depth, config.heads, figsize=size)
+    figure, axes = plots.new_figure(config.depth, config.heads, figsize=size)
     for i, (block, row) in enumerate(zip(model.blocks, axes)):
         table = block.attn.relative_position_bias_table.detach()  # (reach^2, h)
         for j, axis in enumerate(row):
