@@ -146,10 +146,10 @@ def check_out(out: str, resume: bool) -> dict | None:
 
 
 def lock(out: str) -> int | None:
-    """Take an advisory lock on the folder. Returns a file descriptor, to be closed at the end.
+    """Take an advisory lock on the folder's .lock. Returns a file descriptor, to close at the end.
 
-    The system closes it, too, when the process dies. None where it knows no such locks (Windows,
-    some network drives). ValueError where another process has it.
+    The system closes it, too, when the process dies. Where there are no such locks (Windows, some
+    network drives) nothing is locked, and it may be None. ValueError where another process has it.
     """
     # On a file that is open for writing: NFS tells other machines of no other locks.
     try:

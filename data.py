@@ -207,8 +207,8 @@ def channel_statistics(images: Tensor) -> tuple[tuple, tuple]:
 def split(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the training and of the validation images: disjoint, complete, shuffled by seed.
 
-    Stratified: every class gives its share of the val_size images, to within one image, and keeps
-    one for training. ValueError for a val_size that cannot be had.
+    Stratified: every class gives its share of the val_size images, to within one image, and one of
+    two images or more keeps one for training. ValueError for a val_size that cannot be had.
     """
     n, sizes = len(labels), labels.bincount()
     limit = min(n - 1, n - int((sizes > 1).sum()))

@@ -4,7 +4,7 @@ Your own pictures: folders of files of any kind and size -> uint8 tensors.
     load_folder    data_dir/<class>/*   -> classes and the images and labels of every part
       list_images  one part             -> {class: paths}; what is no picture is counted
       set_aside    where there is no test part, a fifth of every class
-      decode       paths                -> uint8 (N, 3, S, S), on all cores, kept for the next run
+      decode       paths                -> uint8 (N, 3, S, S), on many cores, kept for the next run
         open_image   one file           -> uint8 (3, S, S)
 
 Axes:  N images   S image side
@@ -243,7 +243,7 @@ def set_aside(images: dict, data_dir: str) -> tuple[dict, dict]:
     """A fifth of every class for the test, and one at least where there are two: (rest, test).
 
     The draw is a hash of the name, whatever the seed: when pictures are added, those that were in
-    the test stay there, but for a few at the border (of 200, about 5 when 1,000 become 2,000).
+    the test stay there, but for a few at the border (of 200, 3 or 4 when 1,000 become 2,000).
     """
 
     def draw(path):  # the same on Windows, and on macOS, where an accent may be two characters
@@ -379,7 +379,7 @@ UPRIGHT |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 def open_image(path: str, image_size: int) -> Tensor:
     """A picture of any size and format as uint8 (3, image_size, image_size).
 
-    Scaled, then cropped to the centre square; transparent pixels are painted over white.
+    Scaled, then cropped to the centre square; transparent pixels, unless all are, become white.
     ValueError, with the path, for a file that is not a whole picture.
     """
     from PIL import ExifTags, Image, PngImagePlugin
