@@ -231,6 +231,15 @@ def test_an_epoch_whose_every_step_is_skipped_has_a_gradient_norm_of_zero(monkey
     assert [(r["skipped_steps"], r["grad_norm"]) for r in read_csv()] == [("5", "0.0")] * 2
 
 
+def test_gradients_that_overflow_at_every_loss_scale_end_a_float16_run_too(monkeypatch, capsys):
+    """Each skipped step halves the scale, down to 0, from which it would not come back: the run
+    would go on to its last epoch and learn nothing."""
+    poison(monkeypatch, steps=range(100))
+    assert run("--dtype", "float16", "--epochs", 20) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "epoch 3: the gradients overflow" in line and "out/last.pt holds epoch 2 of 20" in line
+
+
 def test_dropout_draws_anew_in_every_epoch_and_for_every_seed(monkeypatch):
     """Its stream is the global one; before the first step it is a function of (seed, epoch)."""
     seen = spy_on_steps(monkeypatch, lambda *_: torch.get_rng_state())

@@ -130,6 +130,8 @@ def train_epoch(run: Run, epoch: int) -> dict:
     if not weight_norm.isfinite():
         raise Diverged(f"epoch {epoch}: the norm of the weights is {weight_norm:g}")
     taken = state.scheduler.last_epoch - taken_before
+    if not taken and state.scaler.get_scale() < 1:  # float16's; each skipped step halves it
+        raise Diverged(f"epoch {epoch}: the gradients overflow, however small the loss scale")
     images_per_second = steps * config.batch_size / seconds
     return dict.fromkeys(log.NAMES) | {
         "epoch": epoch,
