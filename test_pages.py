@@ -308,8 +308,12 @@ def test_the_python_of_the_readme_does_what_it_says(here, tiny, monkeypatch):
     if has_timm:
         import timm
 
-        create = timm.create_model
-        offline = lambda *args, pretrained=False, **options: create(*args, **options)  # noqa: E731
+        create, created = timm.create_model, []
+
+        def offline(*args, pretrained=False, **options):
+            created.append(create(*args, **options))
+            return created[-1]
+
         monkeypatch.setattr(timm, "create_model", offline)
     images, seen = torch.randn(3, 3, 32, 32, generator=testing.rng(0)), {}
     for block in blocks(README, "python"):
@@ -318,7 +322,11 @@ def test_the_python_of_the_readme_does_what_it_says(here, tiny, monkeypatch):
         exec(block, seen)
         if "img_size=32" in block:
             with torch.no_grad():
-                torch.testing.assert_close(seen["model"].eval()(images), model(images))
+                torch.testing.assert_close(seen["model"](images), model(images))
+        if "image_size=224" in block:
+            large = torch.randn(1, 3, 224, 224, generator=testing.rng(1))
+            with torch.no_grad():
+                torch.testing.assert_close(seen["model"](large), created[-1](large))
     assert seen["probabilities"].shape == (2, 10)
     loaded = torch.export.load("vit.pt2").module()
     torch.testing.assert_close(loaded(images), model(images))
