@@ -40,7 +40,7 @@ BYTES_PER_IMAGE = 32.6e6  # memory traffic of a compiled bf16 step of DeiT-Ti: a
 def wait(device: torch.device):
     """Until the device has done what it was told: an accelerator works on behind the CPU's back."""
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -230,7 +230,8 @@ def bench_epoch(batch: int, device, half: torch.dtype):
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, device=device)
     labels = torch.randint(0, 10, (count,), device=device)
     config = recipe.TrainConfig(batch_size=batch, device=str(device))
-    state = optim.build_state(config, ViTConfig(), 10_000, device)
+    compiled = machine.should_compile(None, device)  # as train.py does
+    state = optim.build_state(config, ViTConfig(), 10_000, device, compiled)
     state.model.train()
     names = ("augmentation", "normalise and mix", "steps", "validation", "checkpoint")
     parts = {name: [] for name in names}
@@ -260,7 +261,7 @@ def bench_epoch(batch: int, device, half: torch.dtype):
             if turn == 0:  # warm-up, and compiling
                 parts = {name: [] for name in names}
                 if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
+                    torch.cuda.reset_peak_memory_stats(device)
     epoch = sum(statistics.median(parts[name]) for name in names[:-1])
     epochs_per_save = max(1.0, train.save_pause(device) / epoch)
     parts["checkpoint"] = [seconds / epochs_per_save for seconds in parts["checkpoint"]]
@@ -275,7 +276,7 @@ def bench_epoch(batch: int, device, half: torch.dtype):
         f"  kept for backward, {name_of(half)}, eager: {(eight - four) / 4 / 1e6:.2f} MB an image"
     )
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
         print(f"  peak of the device, training at batch {batch}: {peak:.2f} GiB")
 
     peak = machine.measure_peak(device, state.dtype)
@@ -289,7 +290,7 @@ def bench_epoch(batch: int, device, half: torch.dtype):
     measured = f"matrix product {peak / 1e12:.2f} TFLOP/s in {name_of(state.dtype)}"
     print(f"  {measured}, copy {bandwidth / 1e9:,.0f} GB/s")
     print(f"  steps {rate:,.0f} images/s: MFU {rate * flops / peak:.1%} of the arithmetic")
-    if device.type == "cuda":
+    if compiled:
         share = rate * BYTES_PER_IMAGE / bandwidth
         print(f"  and {share:.1%} of the memory bandwidth, at {BYTES_PER_IMAGE / 1e6} MB an image")
 
@@ -327,7 +328,8 @@ def bench_overhead(device):
     for preset in ("deit", "strong"):
         config, vit_config = recipe.build_configs({**recipe.PRESETS[preset], "device": str(device)})
         small = replace(vit_config, patch_size=16, dim=24)
-        state = optim.build_state(config, small, 10_000, device)
+        compiled = machine.should_compile(None, device)
+        state = optim.build_state(config, small, 10_000, device, compiled)
         state.model.train()
         step = partial(optim.train_step, state, images, targets, config)
         variants[f"`{preset}`: 2 images, depth 12, width 24, 4 patches"] = (step, 1)
