@@ -218,7 +218,15 @@ def run_program(main) -> int:
         except SystemExit as end:
             code = end.code
         for stream in streams:
-            stream.flush()
+            try:
+                stream.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as error:  # the disk of `> file` is full; Python would try again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                if not code:
+                    print(f"error: {error}", file=sys.stderr)
+                    code = 2
         return code
     except KeyboardInterrupt:
         return 130

@@ -472,6 +472,15 @@ def test_a_closed_terminal_is_no_reason_to_stop(closed):
     assert done.returncode == 3 and Path("done").exists() and not done.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_full_disk_below_the_output_is_one_line(code):
+    """As of `> file`; nothing more on stderr, not even Python's own complaint at the end."""
+    done = start(f"print('said')\nreturn {code}", "exec {python} > /dev/full")
+    assert done.returncode == (code or 2) and done.stderr.count(b"\n") == (not code)
+    assert code or done.stderr == b"error: [Errno 28] No space left on device\n"
+
+
 def test_a_notebook_whose_output_is_no_file_runs_the_program_too(monkeypatch):
     """As by `%run train.py`: its stream cannot be reconfigured."""
 
