@@ -258,7 +258,7 @@ def follow_data(values: dict, n: int, n_val: int = 0) -> dict:
 
     A tenth is held out (of a few dozen a quarter), unless the dataset brings n_val validation
     images of its own. The batch is the largest power of two with 32 steps an epoch, but not below
-    8. Fewer than 10,000 images are shown 100 times.
+    8. Fewer than 10,000 images to train on are shown 100 times.
     """
     values = dict(values)
     if n_val and values.get("val_size") not in (None, n_val):
@@ -274,7 +274,7 @@ def follow_data(values: dict, n: int, n_val: int = 0) -> dict:
         batch_size = max(8, 2 ** (largest.bit_length() - 1))
         values["batch_size"] = min(batch_size, TrainConfig.batch_size, rest)
         values.setdefault("lr", scaled_lr({}, values["batch_size"]))
-    if n < 10_000:
+    if rest < 10_000:
         values.setdefault("epochs", 100)
     return values
 

@@ -452,7 +452,9 @@ def test_a_run_of_another_version_is_refused_if_it_has_a_knob_that_is_unknown_he
 # ---- What follows from the data ----
 
 
-@pytest.mark.parametrize("n", [2, 3, 7, 11, 20, 60, 300, 511, 512, 9_999, 10_000, 50_000, 10**6])
+@pytest.mark.parametrize(
+    "n", [2, 3, 7, 11, 20, 60, 300, 511, 512, 9_999, 10_000, 11_111, 11_112, 50_000, 10**6]
+)
 @pytest.mark.parametrize("own_val", [0, 5])
 def test_the_defaults_follow_the_data(n, own_val):
     """A tenth is held out (of a few dozen a quarter), at least one. The batch is the largest power
@@ -463,7 +465,7 @@ def test_the_defaults_follow_the_data(n, own_val):
     fitting = [b for b in (8, 16, 32, 64, 128, 256, 512, 1024) if b * 32 <= rest]
     assert values["batch_size"] == min(max([8, *fitting]), rest) >= 1
     assert values["lr"] == pytest.approx(max(1e-3 * values["batch_size"] / 1024, 3e-4))
-    assert values.get("epochs") == (100 if n < 10_000 else None)
+    assert values.get("epochs") == (100 if rest < 10_000 else None)
 
 
 def test_a_share_to_hold_out_is_refused_where_the_data_bring_their_own_images_for_it():
