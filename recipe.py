@@ -211,6 +211,9 @@ def parse(argv: list[str] | None, parser: argparse.ArgumentParser) -> tuple[dict
     """The command line as (what the preset sets, what was typed)."""
     typed = vars(parser.parse_args(argv))
     flags = {name: value for name, value in typed.items() if value is not None}
+    for name, value in flags.items():
+        if isinstance(value, int) and value > 2**32:  # beyond it, torch's own errors differ
+            parser.error(f"argument --{name.replace('_', '-')}: too large")
     return PRESETS[flags.pop("preset", "deit")], flags
 
 

@@ -271,6 +271,8 @@ def test_without_arguments_of_its_own_parse_reads_those_of_the_process(monkeypat
         ("--in-channels 1", "unrecognized arguments: --in-channels 1"),
         ("--resume yes", "unrecognized arguments: yes"),
         ("train.pt", "unrecognized arguments: train.pt"),
+        ("--epochs " + 400 * "9", "--epochs: too large"),
+        ("--dim 4294967297", "--dim: too large"),
         ("--epochs three", "--epochs: invalid int value: 'three'"),
         ("--batch-size 8.5", "--batch-size: invalid int value: '8.5'"),
         ("--lr fast", "--lr: invalid float value: 'fast'"),

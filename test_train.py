@@ -1641,7 +1641,7 @@ BAD_INPUT = {  # flags: what the message must say, or (what to prepare, what the
     "--image-size 4000000": "out of memory",
     "--image-size 4000000000": "out of memory",  # torch: Storage size calculation overflowed
     "--mlp-ratio 1e18": "mlp_ratio 1e+18 times dim 8 is no width for a hidden layer",
-    "--dim 99999999999999999998": "mlp_ratio 4.0 times dim 99999999999999999998 is no width",
+    "--dim 99999999999999999998": "--dim: too large",
     "--dropout 1": "dropout must be in [0, 1)",
     "--drop-path nan": "drop_path must be in [0, 1)",
     "--pool max": 'pool must be "cls" or "mean", got "max"',
