@@ -369,7 +369,9 @@ def main(argv: list[str] | None = None):
     os.environ["MPLBACKEND"] = "agg"  # a notebook's may be of a package that is not here
     from matplotlib.figure import Figure
 
-    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=main.__doc__, usage=argparse.SUPPRESS, allow_abbrev=False
+    )
     add = parser.add_argument
     add("--dataset", default="shapes", help="cifar10, cifar100, folder or shapes (the default)")
     place = os.path.expanduser  # shells leave the ~ of --out=~/x to us
@@ -379,7 +381,7 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     try:
         dataset = data.load(args.dataset, args.data_dir, args.image_size)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, OverflowError) as error:  # or it is too large
         parser.exit(2, f"error: {' '.join(str(error).split())}\n")
 
     # one image many times over, and a batch of different ones
@@ -425,7 +427,7 @@ def main(argv: list[str] | None = None):
     figure.suptitle("What augmentation makes of an image, and of a batch", fontsize=10)
     try:
         figure.savefig(args.out, dpi=90)
-    except (ValueError, OSError) as error:  # ValueError: a format that matplotlib does not know
+    except (ValueError, OSError, RuntimeError) as error:  # a format that matplotlib cannot write
         parser.exit(2, f"error: {' '.join(str(error).split())}\n")
     print(f"wrote {args.out}")
 

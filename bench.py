@@ -362,7 +362,9 @@ def bench_laptop(device, half: torch.dtype):
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Measure this program's pieces side by side.", allow_abbrev=False
+        description="Measure this program's pieces side by side.",
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")

@@ -817,6 +817,8 @@ def test_the_whole_policy_reaches_the_augmentation(monkeypatch):
     [
         ("--image-size 0", "image_size must be at least 1, got 0"),
         ("--dataset mnist", 'got "mnist"'),
+        ("--nope", "unrecognized arguments: --nope"),
+        ("--image-size " + 400 * "9", "int too "),
         ("--out nowhere/a.png", "nowhere/a.png"),
         ("--dataset folder --data-dir=~/none", os.path.expanduser("~/none")),
         ("--out a.jpug", "jpug"),
@@ -831,7 +833,7 @@ def test_bad_input_to_the_program_is_one_line_and_exit_code_two(
     with pytest.raises(SystemExit) as stopped:
         augment.main([*"--image-size 8".split(), *flags.split()])
     [line] = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and line.startswith("error: ") and complaint in line
+    assert stopped.value.code == 2 and "error: " in line and complaint in line
     assert not list(tmp_path.iterdir())
 
 
