@@ -418,9 +418,7 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     world = int(os.environ.get("WORLD_SIZE") or 1)
     rank = int(os.environ.get("RANK") or 0) if world > 1 else 0
-    out, lock_file, old_handlers = TrainConfig.out, None, log.listen_to_signals()
-
-    parser = recipe.make_parser()
+    out, lock_file, parser = TrainConfig.out, None, recipe.make_parser()
 
     def going_on() -> str:
         return f"{checkpoint.saved_in(out)}; continue with: {log.command(argv, world)}"
@@ -428,6 +426,7 @@ def main(argv: list[str] | None = None) -> int:
     def fail(code: int, text: object, alone: bool = False):
         """alone: it may have happened to this process only, and rank 0 does not know."""
         who = f"rank {rank}: " if alone and world > 1 else ""
+    old_handlers = log.listen_to_signals()
         line = f"error: {who}{' '.join(str(text).split())}\n"
         parser.exit(code, line if alone or rank == 0 else None)
 
