@@ -217,7 +217,7 @@ def classify(checkpoint: dict, paths: list[str], device: str = "auto") -> int:
         try:
             images[path] = pictures.open_image(path, size)
         except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
             failed += 1
     if images:
         probabilities = predict(checkpoint, torch.stack(list(images.values())), device)

@@ -232,7 +232,10 @@ def files_in(paths: list[str]) -> list[str]:
     found = []
     for given in paths:
         for path in [given] if os.path.exists(given) else sorted(glob.glob(given)) or [given]:
-            if os.path.isdir(path):
+            if not os.path.isdir(path):
+                found.append(path)
+                continue
+            try:
                 found += sorted(file for file in walk(path, seen=set()) if is_picture(file))
             else:
                 found.append(path)
@@ -397,6 +400,8 @@ def open_image(path: str, image_size: int) -> Tensor:
             draft = image.draft(None, (2 * image_size, 2 * image_size))
             image.load()
             w, h = draft[1][2:] if draft else image.size
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is no file")  # a pipe would be waited for
             try:
                 turn = image.getexif().get(ExifTags.Base.Orientation)
             except Exception:  # a note that makes no sense; the pixels are whole

@@ -25,6 +25,7 @@ import checkpoint
 import data
 import evaluate
 import log
+import pictures
 import plots
 from testing import (
     ALONE,
@@ -604,20 +605,32 @@ def test_of_many_classes_the_three_likeliest_are_named_and_of_two_both(K, count,
     assert capsys.readouterr().out.count("%") == count
 
 
-def test_a_bad_picture_costs_its_line_and_not_the_rest(plain, capsys):
+def test_a_bad_picture_costs_its_line_and_not_the_rest(plain, monkeypatch, capsys):
     """A folder stands for the pictures in it, however deep; what is no picture there is passed
     over. What was named and cannot be read is named again, and the exit code is 2."""
     os.makedirs("album/deep")
     for name in ("album/b.png", "album/deep/a.png", "c.png"):
         Image.new("RGB", (8, 8)).save(name)
     Path("album/notes.txt").write_text("mine")
-    Path("bad.jpg").write_text("no")
-    assert program(plain, "--images", "bad.jpg", "album", "gone.png", "c.png") == 2
+    bad = ["bad.jpg", "two\nlines.jpg", "pipe.png", "locked", "gone.png"]
+    for name in bad[:2]:
+        Path(name).write_text("no")
+    os.mkfifo("pipe.png")  # to read from it would be to wait
+    os.makedirs("locked")
+    contents = pictures.contents
+
+    def refuse(folder):
+        if folder == "locked":
+            raise PermissionError
+        return contents(folder)
+
+    monkeypatch.setattr(pictures, "contents", refuse)
+    assert program(plain, "--images", *bad[:3], "album", *bad[3:], "c.png") == 2
     out, err = capsys.readouterr()
     names = ["album/b.png", "album/deep/a.png", "c.png"]
     assert [line.split()[0] for line in out.splitlines()] == names
-    first, second = err.splitlines()
-    assert "bad.jpg" in first and "gone.png" in second
+    for name, line in zip(bad, err.splitlines(), strict=True):
+        assert " ".join(name.split()) in line
     assert program(plain, "--images", "album") == 0
     assert program(plain, "--images", "bad.jpg") == 2
 
