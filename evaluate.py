@@ -205,9 +205,10 @@ def read_metrics(out: str) -> dict:
     try:
         with open(os.path.join(out, "metrics.json"), encoding="utf-8") as file:
             metrics = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return metrics if isinstance(metrics, dict) else {}
+    is_ours = isinstance(metrics, dict) and isinstance(metrics.get("data_dir", ""), str)
+    return metrics if is_ours else {}
 
 
 def classify(checkpoint: dict, paths: list[str], device: str = "auto") -> int:

@@ -460,11 +460,12 @@ def test_data_that_have_moved_are_named_with_the_flag_that_says_where_they_are(p
 # ---- 5 The program ----
 
 
-@pytest.mark.parametrize("left", ["torn", "empty", "a list", "nothing", "a folder"])
+@pytest.mark.parametrize("left", ["torn", "empty", "a list", "deep", "odd", "nothing", "a folder"])
 def test_metrics_that_cannot_be_read_are_none(left):
     """train.py looks whether a run was evaluated, and must not stumble over what a kill left."""
     os.makedirs("out")
-    texts = {"torn": '{"epoch": 3, "acc', "empty": "", "a list": "[1]"}
+    texts = {"torn": '{"epoch": 3, "acc', "empty": "", "a list": "[1]", "deep": 10**5 * "["}
+    texts["odd"] = '{"epoch": 3, "data_dir": null}'
     if left in texts:
         Path("out/metrics.json").write_text(texts[left])
     if left == "a folder":
