@@ -267,6 +267,12 @@ def main(argv: list[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"warning: no curves: {error}", file=sys.stderr)
         out = args.out or folder
+        if os.path.realpath(out) != os.path.realpath(folder):
+            if any(os.path.exists(os.path.join(out, name)) for name in ("last.pt", "best.pt")):
+                raise ValueError(f"--out {out} holds another run: choose another --out")
+            recipe = checkpoint["train"]
+            if recipe["dataset"] == "folder":
+                pictures.refuse_inside(out, args.data_dir or recipe["data_dir"])
         seen = read_metrics(out).get("data_dir")
         if args.data_dir and seen and os.path.realpath(args.data_dir) != os.path.realpath(seen):
             raise ValueError(

@@ -106,6 +106,15 @@ def load_folder(data_dir: str, image_size: int, only_test: bool = False) -> tupl
     return classes, arrays
 
 
+def refuse_inside(out: str, data_dir: str):
+    """ValueError for an output folder in a folder of pictures."""
+    if os.path.realpath(out).startswith(os.path.join(os.path.realpath(data_dir), "")):
+        raise ValueError(
+            f"--out {out} lies in --data-dir {data_dir}, where the pictures that a run "
+            f"draws would be taken for a class: choose another --out"
+        )
+
+
 def contents(folder: str) -> tuple[list[str], list[str]]:
     """Paths of the folders and of the files in a folder, sorted, without the hidden ones.
 
@@ -237,7 +246,7 @@ def files_in(paths: list[str]) -> list[str]:
                 continue
             try:
                 found += sorted(file for file in walk(path, seen=set()) if is_picture(file))
-            else:
+            except OSError:  # that may not be looked into: to be named as unreadable
                 found.append(path)
     return found
 
@@ -391,6 +400,8 @@ def open_image(path: str, image_size: int) -> Tensor:
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is no file")  # a pipe would be waited for
         with open(path, "rb") as file:
             if file.read(22) == b"version https://git-lf":
                 raise ValueError("it is a Git-LFS pointer to the picture: run git lfs pull")
@@ -400,8 +411,6 @@ def open_image(path: str, image_size: int) -> Tensor:
             draft = image.draft(None, (2 * image_size, 2 * image_size))
             image.load()
             w, h = draft[1][2:] if draft else image.size
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("it is no file")  # a pipe would be waited for
             try:
                 turn = image.getexif().get(ExifTags.Base.Orientation)
             except Exception:  # a note that makes no sense; the pixels are whole

@@ -537,6 +537,24 @@ def test_a_look_at_other_images_does_not_replace_that_at_the_test_set(plain, cap
     assert program("out", "--data-dir", "./data/", "--device", "cpu") == 0
 
 
+def test_a_look_from_one_run_does_not_replace_that_of_another(plain, capsys):
+    """Nor is it drawn among the pictures that a run learns from."""
+    for out in ("out", "other"):
+        shutil.copytree(plain, out)
+    os.remove("other/last.pt")
+    best = torch.load("out/best.pt", weights_only=True)
+    best["train"] |= {"dataset": "folder", "data_dir": "pets"}
+    torch.save(best, "out/best.pt")
+    save_pictures("pets")
+    before = tree()
+    for out, told in (("other", "holds another run"), ("pets/new", "lies in --data-dir pets")):
+        assert program("out", "--out", out, "--device", "cpu") == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert f"--out {out} {told}" in line and tree() == before
+    assert program("out", "--out", "new", "--device", "cpu") == 0
+    assert program("out", "--out", "new", "--device", "cpu") == 0
+
+
 def test_a_tilde_that_the_shell_left_is_the_home_folder(plain, monkeypatch):
     """As in --out=~/new."""
     monkeypatch.setenv("HOME", os.path.abspath("home"))

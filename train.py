@@ -38,6 +38,7 @@ import evaluate
 import log
 import machine
 import optim
+import pictures
 import plots
 import recipe
 from recipe import TrainConfig
@@ -184,12 +185,8 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     saved = {**last["train"], **last["vit"]} if last else None
     values = recipe.resolve(preset, flags, saved)
     config, vit_config = recipe.build_configs(values)
-    inside = os.path.join(os.path.realpath(config.data_dir), "")
-    if not last and config.dataset == "folder" and os.path.realpath(out).startswith(inside):
-        raise ValueError(
-            f"--out {out} lies in --data-dir {config.data_dir}, where the pictures that a run "
-            f"draws would be taken for a class: choose another --out"
-        )
+    if not last and config.dataset == "folder":
+        pictures.refuse_inside(out, config.data_dir)
 
     # the device
     device = machine.pick_device(config.device)
@@ -426,10 +423,10 @@ def main(argv: list[str] | None = None) -> int:
     def fail(code: int, text: object, alone: bool = False):
         """alone: it may have happened to this process only, and rank 0 does not know."""
         who = f"rank {rank}: " if alone and world > 1 else ""
-    old_handlers = log.listen_to_signals()
         line = f"error: {who}{' '.join(str(text).split())}\n"
         parser.exit(code, line if alone or rank == 0 else None)
 
+    old_handlers = log.listen_to_signals()
     try:
         preset, flags = recipe.parse(argv, parser)
         out = flags.get("out", out)
