@@ -222,7 +222,8 @@ def rand_augment(
         out = images.clone()
         for slot in draws.unbind(1):
             counts = torch.bincount(slot, minlength=2 * len(names)).tolist()
-            groups = slot.to(out.device).argsort().split(counts)
+            # sorted on the CPU: on MPS argsort was wrong beyond 256 (pytorch/pytorch#155560)
+            groups = slot.argsort().to(out.device).split(counts)
             for draw, group in enumerate(groups):
                 if draw >= 2 and len(group):
                     name, sign = names[draw // 2], -1 if draw % 2 else 1

@@ -2166,6 +2166,18 @@ def test_each_process_takes_the_gpu_of_its_number(gpu, joined, monkeypatch):
     calls = []
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+def test_nothing_is_sorted_on_the_device(gpu, monkeypatch):
+    """On MPS, before torch 2.13, argsort was wrong beyond 256 numbers (pytorch/pytorch#155560), and
+    RandAugment passed over most images without a word."""
+    real, seen = torch.Tensor.argsort, set()
+    monkeypatch.setattr(
+        torch.Tensor, "argsort", lambda x, **more: seen.add(x.device.type) or real(x, **more)
+    )
+    with gpu:
+        assert run("--device", "cuda", "--dtype", "float32") == 0
+    assert seen == {"cpu"}
+
+
     monkeypatch.setattr(train.dist, "init_process_group", lambda name, **_: calls.append(name))
     with gpu:
         ours = prepare("--device", "cuda", "--dtype", "bfloat16", rank=1, world=2)
