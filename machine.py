@@ -64,12 +64,15 @@ def refuse_unknown_gpu(device: torch.device):
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16: GPUs before Ampere, and CPUs that lack AVX512_BF16,
-    only emulate it.
+    """Whether the device computes in bfloat16: GPUs before Ampere (of AMD, before the MI100 and the
+    RX 7000), and CPUs that lack AVX512_BF16, only emulate it.
 
     A product takes such a CPU twice as long as in float32 with AVX-512 alone
     (uxlfoundation/oneDNN#493), and 40 to 500 times without (pytorch/pytorch#146508).
     """
+    if device.type == "cuda" and torch.version.hip:  # AMD's, from the MI100 and the RX 7000 on
+        name = torch.cuda.get_device_properties(device).gcnArchName
+        return re.match(r"gfx(908|90a|9[45]|1[12])", name) is not None
     if device.type == "cuda":  # is_bf16_supported() says yes of a GPU that emulates it
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,6 +114,26 @@ def test_the_dtype_is_the_fastest_one_that_the_device_really_has(monkeypatch):
     assert machine.pick_dtype("auto", CPU) == machine.pick_dtype("auto", torch.device("mps"))
     assert machine.pick_dtype("auto", CPU) == machine.pick_dtype("float32", CUDA) == torch.float32
     assert machine.pick_dtype("float16", CPU) == torch.float16
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("gfx90a:sramecc+:xnack-", torch.bfloat16),  # MI200
+        ("gfx942", torch.bfloat16),
+        ("gfx1100", torch.bfloat16),  # RX 7900
+        ("gfx1201", torch.bfloat16),
+        ("gfx906", torch.float16),  # Radeon VII
+        ("gfx1030", torch.float16),  # RX 6800
+    ],
+)
+def test_gpus_of_amd_are_known_by_their_names(name, dtype, monkeypatch):
+    """What they call a capability, (10, 3) or (9, 0), says nothing of bfloat16."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    facts = SimpleNamespace(gcnArchName=name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 3))
+    assert machine.pick_dtype("auto", CUDA) == dtype
 
 
 @pytest.mark.parametrize("found, dtype", [(True, torch.bfloat16), (False, torch.float32)])
