@@ -125,8 +125,10 @@ def should_compile(asked: bool | None, device: torch.device) -> bool:
 def join_processes(device: torch.device, world: int) -> torch.device:
     """Join the other processes of a run. Returns the device of this one.
 
-    ValueError for more of them than this machine has GPUs.
+    ValueError for more of them than this machine has GPUs, or for others than CUDA's.
     """
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"several processes want CUDA's GPUs, or --device cpu, not {device.type}")
     if device.type == "cuda":
         here, gpus = os.environ.get("LOCAL_WORLD_SIZE", world), torch.cuda.device_count()
         if int(here) > gpus:

@@ -307,6 +307,14 @@ def test_training_and_evaluating_keep_to_the_threads_of_a_container(threads):
     assert threads(2.0, lambda: evaluate.main(["out/last.pt"])) == 2
 
 
+def test_processes_share_a_batch_on_cpus_and_on_cudas_gpus_only(monkeypatch):
+    """gloo has no MPS and no XPU: it would end in torch's words, after all the loading."""
+    monkeypatch.setattr(machine.dist, "init_process_group", lambda *_, **__: None)
+    for kind in ("mps", "xpu"):
+        assert f"not {kind}" in refusal(machine.join_processes, torch.device(kind), 2)
+    assert machine.join_processes(CPU, 2) == CPU
+
+
 # ---- How fast it is ----
 
 
