@@ -1252,6 +1252,11 @@ def test_a_disk_that_is_really_full_ends_the_run_in_the_same_way(capsys):
         torch.OutOfMemoryError("CUDA out of memory. Tried"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("x: can't allocate memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+        RuntimeError("Invalid buffer size: 9.00 GB"),
+        RuntimeError(
+            "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"
+        ),
         MemoryError(),
     ],
     ids=["gpu", "cublas", "cpu", "python"],

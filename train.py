@@ -467,7 +467,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that is gone
         fail(2, f"{error}. {going_on()}", alone=True)
     except (RuntimeError, MemoryError) as error:  # torch has no type of its own for a CPU's
-        told = "out of memory|allocate memory|storage size calculation overflow|alloc_failed"
+        told = "out of memory|allocate memory|storage size calculation overflow"
+        told += "|alloc_failed|not enough memory|invalid buffer size|out_of_device_memory"
         about_memory = re.search(told, str(error).lower())
         if not (about_memory or isinstance(error, MemoryError)):
             error.add_note(going_on())  # below the traceback: the run is not lost
