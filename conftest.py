@@ -12,6 +12,8 @@ import pytest
 
 
 def pytest_configure(config):
+    if os.name == "nt":
+        pytest.exit("the tests need Linux or macOS; on Windows, WSL")
     if config.getoption("dist", "no") == "no":  # not where pytest-xdist only hands the tests out
         import hypothesis
         import torch
