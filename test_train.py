@@ -1259,7 +1259,7 @@ def test_a_disk_that_is_really_full_ends_the_run_in_the_same_way(capsys):
         ),
         MemoryError(),
     ],
-    ids=["gpu", "cublas", "cpu", "python"],
+    ids=["gpu", "cublas", "cpu", "windows", "mps", "xpu", "python"],
 )
 def test_out_of_memory_is_one_line_that_says_what_is_kept(error, monkeypatch, capsys):
     """In the eighth step, say, because another program has taken the GPU's memory."""
@@ -2166,11 +2166,6 @@ def test_a_run_on_a_gpu_mixes_no_devices_and_resumes_to_the_bits_of_a_cpu(gpu, f
     assert difference(outcome("stopped/last.pt"), outcome("cpu/last.pt")) is None
 
 
-def test_each_process_takes_the_gpu_of_its_number(gpu, joined, monkeypatch):
-    """Its own, before NCCL starts; else all of them would sit on the first."""
-    calls = []
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
 def test_nothing_is_sorted_on_the_device(gpu, monkeypatch):
     """On MPS, before torch 2.13, argsort was wrong beyond 256 numbers (pytorch/pytorch#155560), and
     RandAugment passed over most images without a word."""
@@ -2183,6 +2178,11 @@ def test_nothing_is_sorted_on_the_device(gpu, monkeypatch):
     assert seen == {"cpu"}
 
 
+def test_each_process_takes_the_gpu_of_its_number(gpu, joined, monkeypatch):
+    """Its own, before NCCL starts; else all of them would sit on the first."""
+    calls = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(train.dist, "init_process_group", lambda name, **_: calls.append(name))
     with gpu:
         ours = prepare("--device", "cuda", "--dtype", "bfloat16", rank=1, world=2)
