@@ -273,12 +273,14 @@ def main(argv: list[str] | None = None) -> int:
             recipe = checkpoint["train"]
             if recipe["dataset"] == "folder":
                 pictures.refuse_inside(out, args.data_dir or recipe["data_dir"])
-        seen = read_metrics(out).get("data_dir")
-        if args.data_dir and seen and os.path.realpath(args.data_dir) != os.path.realpath(seen):
-            raise ValueError(
-                f"{os.path.join(out, 'metrics.json')} is of the images in {seen}: for those in "
-                f"{args.data_dir} choose another --out"
-            )
+        seen, asked = read_metrics(out).get("data_dir"), args.data_dir
+        is_the_result = args.split == "test" and "optimizer" not in checkpoint  # for metrics.json
+        if is_the_result and asked and seen and os.path.isdir(seen):  # else those have moved
+            if os.path.realpath(asked) != os.path.realpath(seen):
+                raise ValueError(
+                    f"{os.path.join(out, 'metrics.json')} is of the images in {seen}: for those "
+                    f"in {asked} choose another --out"
+                )
         evaluate(checkpoint, out, args.split, args.data_dir, args.device, history=history)
     except BrokenPipeError:  # as in `| head`: see log.run_program
         raise

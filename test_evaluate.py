@@ -526,8 +526,12 @@ def test_a_look_at_the_last_weights_leaves_that_at_the_best_ones_alone(plain, mo
 
 
 def test_a_look_at_other_images_does_not_replace_that_at_the_test_set(plain, capsys):
-    """Nor its pictures. The same ones by another path are no others."""
+    """Nor its pictures. The same ones by another path are no others, and those of a folder that is
+    not there any more have moved."""
     shutil.copytree(plain, "out")
+    assert program("out", "--data-dir", "moved", "--device", "cpu") == 0
+    shutil.copy(plain / "metrics.json", "out")
+    os.mkdir("data")
     before = tree()
     assert program("out", "--data-dir", "elsewhere", "--device", "cpu") == 2
     [line] = capsys.readouterr().err.splitlines()
@@ -535,6 +539,8 @@ def test_a_look_at_other_images_does_not_replace_that_at_the_test_set(plain, cap
     assert tree() == before
     assert program("out", "--data-dir", "elsewhere", "--out", "new", "--device", "cpu") == 0
     assert program("out", "--data-dir", "./data/", "--device", "cpu") == 0
+    for beside in (["out/last.pt"], ["out", "--split", "val"]):  # of which metrics.json is not
+        assert program(*beside, "--data-dir", "elsewhere", "--device", "cpu") == 0
 
 
 def test_a_look_from_one_run_does_not_replace_that_of_another(plain, capsys):
@@ -547,9 +553,13 @@ def test_a_look_from_one_run_does_not_replace_that_of_another(plain, capsys):
     torch.save(best, "out/best.pt")
     save_pictures("pets")
     before = tree()
+    shutil.copytree("pets", "moved")
     for out, told in (("other", "holds another run"), ("pets/new", "lies in --data-dir pets")):
         assert program("out", "--out", out, "--device", "cpu") == 2
         [line] = capsys.readouterr().err.splitlines()
+        assert f"--out {out} {told}" in capsys.readouterr().err and tree() == before
+    for out, more in (("pets/new", ()), ("moved/new", ("--data-dir", "moved"))):
+        assert program("out", "--out", out, *more, "--device", "cpu") == 2
         assert f"--out {out} {told}" in line and tree() == before
     for _ in range(2):
         assert program("out", "--out", "new", "--device", "cpu") == 0
