@@ -174,7 +174,8 @@ PRESETS = {
 SESSION = ("out", "resume", "max_minutes")
 # In the checkpoint, but --resume may be given another: where things are, and what may rescue a run
 # that diverged.
-MAY_CHANGE = ("data_dir", "download_url", "save_every", "device", "compile", "lr", "grad_clip")
+MAY_CHANGE = ("data_dir", "download_url", "save_every", "device", "compile")
+MAY_CHANGE += ("lr", "grad_clip", "dtype")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -379,7 +379,7 @@ def test_the_floor_of_the_learning_rate_raises_no_preset_above_its_own():
 
 # Where a run is, for how long, and on what; and the two knobs that may rescue one that diverged.
 SITTING = ("out", "resume", "max_minutes")
-FREE = ("data_dir", "download_url", "save_every", "device", "compile", "lr", "grad_clip")
+FREE = ("data_dir", "download_url", "save_every", "device", "compile", "lr", "grad_clip", "dtype")
 
 
 @pytest.mark.parametrize("name", [name for name in OTHER if name not in (*SITTING, *FREE)])

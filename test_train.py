@@ -234,10 +234,14 @@ def test_an_epoch_whose_every_step_is_skipped_has_a_gradient_norm_of_zero(monkey
 def test_gradients_that_overflow_at_every_loss_scale_end_a_float16_run_too(monkeypatch, capsys):
     """Each skipped step halves the scale, down to 0, from which it would not come back: the run
     would go on to its last epoch and learn nothing."""
-    poison(monkeypatch, steps=range(100))
-    assert run("--dtype", "float16", "--epochs", 20) == 1
+    with monkeypatch.context() as patch:
+        poison(patch, steps=range(100))
+        assert run("--dtype", "float16", "--epochs", 20) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert "epoch 3: the gradients overflow" in line and "out/last.pt holds epoch 2 of 20" in line
+    assert "--dtype float32 may help" in line and line.endswith(" --resume --dtype float32")
+    assert main(*continuing(line)) == 0
+    assert {row["skipped_steps"] for row in read_csv()[2:]} == {"0"}
 
 
 def test_dropout_draws_anew_in_every_epoch_and_for_every_seed(monkeypatch):
@@ -1027,7 +1031,7 @@ def test_resume_refuses_flags_that_contradict_the_saved_recipe(plain, capsys):
     """Each field in turn, by its flag; the run stays as it was."""
     shutil.copytree(plain, "out")
     before = tree()
-    rescue = {"lr", "grad_clip"}
+    rescue = {"lr", "grad_clip", "dtype"}
     fixed = {k: v for k, v in OTHER.items() if k not in rescue}
     fixed |= {"dataset": "cifar10", "deterministic": True, "drop_path": 0.5}
     for name, value in fixed.items():

@@ -83,7 +83,8 @@ class Run:
 
 
 class Diverged(Exception):
-    """A loss, a gradient or a weight that is not a finite number."""
+    """A loss, a gradient or a weight that is not a finite number: what it is, then the flags with
+    which the run may be saved, if they are not the usual ones."""
 
 
 def train_epoch(run: Run, epoch: int) -> dict:
@@ -132,7 +133,8 @@ def train_epoch(run: Run, epoch: int) -> dict:
         raise Diverged(f"epoch {epoch}: the norm of the weights is {weight_norm:g}")
     taken = state.scheduler.last_epoch - taken_before
     if not taken and state.scaler.get_scale() < 1:  # float16's; each skipped step halves it
-        raise Diverged(f"epoch {epoch}: the gradients overflow, however small the loss scale")
+        text = f"epoch {epoch}: the gradients overflow, however small the loss scale"
+        raise Diverged(text, "--dtype", "float32")
     images_per_second = steps * config.batch_size / seconds
     return dict.fromkeys(log.NAMES) | {
         "epoch": epoch,
@@ -220,8 +222,8 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         dist.all_gather_object(seen, (last["epoch"] if last else 0, fingerprint))
         if len({*seen}) > 1:  # on two machines, say, each with a disk of its own
             raise ValueError(
-                "the processes see different runs or different images: --out and --data-dir must "
-                "lie on a disk that all of them share"
+                "the processes see different runs or different images: --out must lie on a disk "
+                "that all of them share, and --data-dir had better, too"
             )
     dataset = replace(dataset, train_images=torch.empty(0))  # split, they need not be kept twice
     n = len(train_set[0])
@@ -459,9 +461,10 @@ def main(argv: list[str] | None = None) -> int:
             log.say(f"continue with: {log.command(argv, world)}")
         return 128 + number
     except Diverged as error:
-        saved, rescue = checkpoint.saved_in(out), log.command(argv, world, "--grad-clip", "1")
-        hint = "A lower --lr or --grad-clip 1 may help"
-        fail(1, f"{error}. {hint}. {saved}; continue with: {rescue} --lr LOWER")
+        text, *flags = error.args
+        hint = f"{' '.join(flags) or 'A lower --lr or --grad-clip 1'} may help"
+        rescue = log.command(argv, world, *(flags or ("--grad-clip", "1", "--lr", "LOWER")))
+        fail(1, f"{text}. {hint}. {checkpoint.saved_in(out)}; continue with: {rescue}")
     except BrokenPipeError:
         raise
     except OSError as error:  # a full disk, a folder that is gone
