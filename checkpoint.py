@@ -151,11 +151,14 @@ def lock(out: str) -> int | None:
     The system closes it, too, when the process dies. Where there are no such locks (Windows, some
     network drives) nothing is locked, and it may be None. ValueError where another process has it.
     """
-    # On a file that is open for writing: NFS tells other machines of no other locks.
+    path = os.path.join(out, ".lock")
     try:
         import fcntl
 
-        file = os.open(os.path.join(out, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        try:  # open for writing: NFS tells other machines of no other locks
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:  # another user's
+            file = os.open(path, os.O_RDONLY)
     except (ImportError, OSError):
         return None
     try:

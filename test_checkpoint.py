@@ -548,13 +548,30 @@ def test_a_folder_is_locked_until_its_run_ends():
     """Against others, in this process or in another, that ask for it. By a file that is open for
     writing, as only of such a lock NFS tells other machines."""
     os.mkdir("out")
-    folder = checkpoint.lock("out")
+    file = checkpoint.lock("out")
+    assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
     with pytest.raises(ValueError, match="^another run is writing to out: choose another --out$"):
         checkpoint.lock("out")
-    os.close(folder)
+    os.close(file)
     again = checkpoint.lock("out")
     assert again is not None and os.listdir("out") == [".lock"]
     os.close(again)
+
+
+def test_a_folder_of_two_users_is_locked_for_both(monkeypatch):
+    """The second may not write to the first one's file."""
+    os.mkdir("out")
+    file, real = checkpoint.lock("out"), os.open
+
+    def refuse(path, flags, *mode):
+        if flags & os.O_RDWR:
+            raise PermissionError
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(ValueError, match="another run"):
+        checkpoint.lock("out")
+    os.close(file)
 
 
 def test_where_there_are_no_locks_a_run_goes_on_without(monkeypatch):
