@@ -70,7 +70,7 @@ def has_bfloat16(device: torch.device) -> bool:
     A product takes such a CPU twice as long as in float32 with AVX-512 alone
     (uxlfoundation/oneDNN#493), and 40 to 500 times without (pytorch/pytorch#146508).
     """
-    if device.type == "cuda" and torch.version.hip:  # AMD's, from the MI100 and the RX 7000 on
+    if device.type == "cuda" and torch.version.hip:  # AMD's, whose capability says nothing of it
         name = torch.cuda.get_device_properties(device).gcnArchName
         return re.match(r"gfx(908|90a|9[45]|1[12])", name) is not None
     if device.type == "cuda":  # is_bf16_supported() says yes of a GPU that emulates it
@@ -187,11 +187,11 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
 def versions(device: torch.device) -> dict:
     """What a number has to be traced to: commit, software, hardware."""
     folder = Path(__file__).resolve().parent
-    # In a container the files are often another user's, whose repository git would not read.
-    trusted = f"safe.directory={folder.as_posix()}"
+    # By its name: in a container it is often another user's, which git would not read unasked.
+    repository = f"--git-dir={folder / '.git'}"
 
     def git(*words: str) -> str:
-        command = ["git", "-C", folder, "-c", trusted, *words]
+        command = ["git", "-C", folder, repository, f"--work-tree={folder}", *words]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         except OSError:

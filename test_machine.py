@@ -119,6 +119,7 @@ def test_the_dtype_is_the_fastest_one_that_the_device_really_has(monkeypatch):
 @pytest.mark.parametrize(
     "name, dtype",
     [
+        ("gfx908", torch.bfloat16),  # MI100
         ("gfx90a:sramecc+:xnack-", torch.bfloat16),  # MI200
         ("gfx942", torch.bfloat16),
         ("gfx1100", torch.bfloat16),  # RX 7900
