@@ -133,14 +133,23 @@ def contents(folder: str) -> tuple[list[str], list[str]]:
     return folders, files
 
 
-def walk(folder: str, seen: set[str]) -> Iterator[str]:
-    """The files in a folder and in all below it. Links are followed, each folder is seen once."""
+def walk(folder: str, seen: set[str], locked: list[str] | None = None) -> Iterator[str]:
+    """The files in a folder and in all below it. Links are followed, each folder is seen once.
+
+    A folder that cannot be read is an OSError, or is added to locked, where that is given.
+    """
     seen.add(os.path.realpath(folder))
-    folders, files = contents(folder)
+    try:
+        folders, files = contents(folder)
+    except OSError:
+        if locked is None:
+            raise
+        locked.append(folder)
+        return
     yield from files
     for path in folders:
         if os.path.realpath(path) not in seen:
-            yield from walk(path, seen)
+            yield from walk(path, seen, locked)
 
 
 def list_images(root: str, passed_over: Counter) -> dict[str, list[str]]:
@@ -156,15 +165,15 @@ def list_images(root: str, passed_over: Counter) -> dict[str, list[str]]:
     refuse_dead_links(loose)
     images, names = {}, [os.path.basename(folder) for folder in folders]
     for name, folder in zip(names, folders):
-        inside = {os.path.basename(path) for path in contents(folder)[0]} & {*names} - {name}
-        if inside:
-            raise ValueError(
-                f"{folder} holds {', '.join(sorted(inside))}, as does {root}: if one of the two is "
-                f"a copy of the other, as in some archives, remove it"
-            )
         if name != os.fsencode(name).decode(errors="replace"):
             raise ValueError(f"a class needs a name in UTF-8, got {name!a} in {root}")
         files = list(walk(folder, seen=set()))
+        inside = {os.path.relpath(path, folder).split(os.sep)[0] for path in files} & {*names}
+        if again := sorted(inside - {name}):
+            raise ValueError(
+                f"{folder} holds {', '.join(again)}, as does {root}: remove it if it is a copy, as "
+                f"in some archives, else rename it"
+            )
         pictures = [path for path in files if is_picture(path)]
         if not pictures:
             raise FileNotFoundError(f"no pictures in {folder}: {found_in(folder)}")
@@ -241,12 +250,11 @@ def files_in(paths: list[str]) -> list[str]:
     found = []
     for given in paths:
         for path in [given] if os.path.exists(given) else sorted(glob.glob(given)) or [given]:
-            if not os.path.isdir(path):
-                found.append(path)
-                continue
-            try:
-                found += sorted(file for file in walk(path, seen=set()) if is_picture(file))
-            except OSError:  # that may not be looked into: to be named as unreadable
+            if os.path.isdir(path):
+                locked = []  # to be named as what cannot be read
+                files = walk(path, set(), locked)
+                found += sorted(file for file in files if is_picture(file)) + locked
+            else:
                 found.append(path)
     return found
 
@@ -391,7 +399,7 @@ UPRIGHT |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 def open_image(path: str, image_size: int) -> Tensor:
     """A picture of any size and format as uint8 (3, image_size, image_size).
 
-    Scaled, then cropped to the centre square; transparent pixels, unless all are, become white.
+    Scaled, then cropped to the centre square; transparent pixels are painted over white.
     ValueError, with the path, for a file that is not a whole picture.
     """
     from PIL import ExifTags, Image, PngImagePlugin
@@ -401,7 +409,7 @@ def open_image(path: str, image_size: int) -> Tensor:
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("it is no file")  # a pipe would be waited for
+            raise ValueError("it is no file that can be read")  # a pipe would be waited for
         with open(path, "rb") as file:
             if file.read(22) == b"version https://git-lf":
                 raise ValueError("it is a Git-LFS pointer to the picture: run git lfs pull")
@@ -420,9 +428,10 @@ def open_image(path: str, image_size: int) -> Tensor:
             if image.mode == "F":  # nobody knows what its white is
                 raise ValueError("pixels of mode F are not supported")
             if image.has_transparency_data:  # what lies below is often noise
+                # Alpha 0 in all pixels: in a BMP or TGA that is a byte which nobody uses.
+                may_be_unused = image.format in ("BMP", "DIB", "TGA")
                 image = image.convert("RGBA")
-                # Nowhere opaque: that is an unused byte in each pixel, as in many BMP and TGA files
-                if image.getchannel("A").getbbox():
+                if not may_be_unused or image.getchannel("A").getbbox():
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
     except Exception as error:  # PIL raises half a dozen types for broken files

@@ -545,22 +545,23 @@ def test_a_look_at_other_images_does_not_replace_that_at_the_test_set(plain, cap
 
 def test_a_look_from_one_run_does_not_replace_that_of_another(plain, capsys):
     """Nor is it drawn among the pictures that a run learns from."""
-    for out in ("out", "other"):
+    for out in ("out", "other", "begun"):
         shutil.copytree(plain, out)
     os.remove("other/last.pt")
+    os.remove("begun/best.pt")
     best = torch.load("out/best.pt", weights_only=True)
     best["train"] |= {"dataset": "folder", "data_dir": "pets"}
     torch.save(best, "out/best.pt")
     save_pictures("pets")
-    before = tree()
     shutil.copytree("pets", "moved")
-    for out, told in (("other", "holds another run"), ("pets/new", "lies in --data-dir pets")):
+    before = tree()
+    for out, told in (("other", "holds another run"), ("begun", "holds another run")):
         assert program("out", "--out", out, "--device", "cpu") == 2
-        [line] = capsys.readouterr().err.splitlines()
         assert f"--out {out} {told}" in capsys.readouterr().err and tree() == before
     for out, more in (("pets/new", ()), ("moved/new", ("--data-dir", "moved"))):
         assert program("out", "--out", out, *more, "--device", "cpu") == 2
-        assert f"--out {out} {told}" in line and tree() == before
+        [line] = capsys.readouterr().err.splitlines()
+        assert f"--out {out} lies in --data-dir {out[:-4]}" in line and tree() == before
     for _ in range(2):
         assert program("out", "--out", "new", "--device", "cpu") == 0
     assert program(plain, "--out", "data/new", "--device", "cpu") == 0  # no pictures there
@@ -642,25 +643,26 @@ def test_a_bad_picture_costs_its_line_and_not_the_rest(plain, monkeypatch, capsy
     for name in ("album/b.png", "album/deep/a.png", "c.png"):
         Image.new("RGB", (8, 8)).save(name)
     Path("album/notes.txt").write_text("mine")
-    bad = ["bad.jpg", "two\nlines.jpg", "pipe.png", "locked", "gone.png"]
+    bad = ["bad.jpg", "two\nlines.jpg", "pipe.png", "album/locked", "gone.png"]
     for name in bad[:2]:
         Path(name).write_text("no")
     os.mkfifo("pipe.png")  # to read from it would be to wait
-    os.makedirs("locked")
+    os.makedirs("album/locked")
     contents = pictures.contents
 
     def refuse(folder):
-        if folder == "locked":
+        if folder == "album/locked":
             raise PermissionError
         return contents(folder)
 
     monkeypatch.setattr(pictures, "contents", refuse)
-    assert program(plain, "--images", *bad[:3], "album", *bad[3:], "c.png") == 2
+    assert program(plain, "--images", *bad[:3], "album", "gone.png", "c.png") == 2
     out, err = capsys.readouterr()
     names = ["album/b.png", "album/deep/a.png", "c.png"]
     assert [line.split()[0] for line in out.splitlines()] == names
     for name, line in zip(bad, err.splitlines(), strict=True):
         assert " ".join(name.split()) in line
+    os.rmdir("album/locked")
     assert program(plain, "--images", "album") == 0
     assert program(plain, "--images", "bad.jpg") == 2
 

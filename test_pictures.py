@@ -517,6 +517,12 @@ def test_a_picture_that_is_nowhere_opaque_is_all_of_it_a_picture(suffix, tmp_pat
     assert np.array_equal(pictures.open_image(str(path), 6), COLOURS.transpose(2, 0, 1))
 
 
+def test_a_png_that_is_nowhere_opaque_is_white(tmp_path):
+    """There alpha is never an unused byte."""
+    picture = Image.fromarray(np.dstack([COLOURS, np.zeros_like(GREY)]))
+    assert (opened(picture, tmp_path / "a.png") == 255).all()
+
+
 def test_a_transparent_colour_of_a_palette_a_grey_or_a_gif_is_white_too(tmp_path):
     """Named by the format beside the pixels, and read without a warning."""
     grey = np.where(GREY == 70, 255, GREY)
