@@ -8,6 +8,7 @@ command that continues a run, signals and exit codes.
     epoch       lr train loss ...      one line an epoch, within 100 characters
 """
 
+import contextlib
 import csv
 import io
 import math
@@ -225,8 +226,9 @@ def run_program(main) -> int:
             except OSError as error:  # the disk of `> file` is full; Python would try again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
                 if not code:
-                    print(f"error: {error}", file=sys.stderr)
                     code = 2
+                    with contextlib.suppress(OSError):  # it may be full below stderr, too
+                        print(f"error: {error}", file=sys.stderr)
         return code
     except KeyboardInterrupt:
         return 130

@@ -403,7 +403,7 @@ def test_signals_are_left_alone_outside_the_main_thread(handlers):
 def start(body, command="exec {python}", **variables):
     """A process whose main() has this body, run by a shell. It has only the source of run_program:
     importing torch would take seconds."""
-    lines = ["import os, signal, sys, threading, time", "from tqdm import tqdm"]
+    lines = ["import contextlib, os, signal, sys, threading, time", "from tqdm import tqdm"]
     lines += [inspect.getsource(log.run_program), "def main():"]
     lines += [f"    {line}" for line in body.splitlines()] + ["sys.exit(run_program(main))"]
     Path("program.py").write_text("\n".join(lines))
@@ -479,6 +479,8 @@ def test_a_full_disk_below_the_output_is_one_line(code):
     done = start(f"print('said')\nreturn {code}", "exec {python} > /dev/full")
     assert done.returncode == (code or 2) and done.stderr.count(b"\n") == (not code)
     assert code or done.stderr == b"error: [Errno 28] No space left on device\n"
+    done = start(f"print('said')\nreturn {code}", "exec {python} > /dev/full 2>&1")
+    assert done.returncode == (code or 2)
 
 
 def test_a_notebook_whose_output_is_no_file_runs_the_program_too(monkeypatch):
