@@ -419,8 +419,8 @@ def main(argv: list[str] | None = None):
     half = math.ceil(len(rows) / 2)
     figure = Figure(figsize=(8.3, 0.51 * half + 0.4))
     bare = {"frame_on": False, "xticks": [], "yticks": []}
-    place = {"left": 0.16, "right": 0.99, "bottom": 0.01, "top": 0.94, "wspace": 0.55}
-    axes = figure.subplots(half, 2, subplot_kw=bare, gridspec_kw=place)
+    margins = {"left": 0.16, "right": 0.99, "bottom": 0.01, "top": 0.94, "wspace": 0.55}
+    axes = figure.subplots(half, 2, subplot_kw=bare, gridspec_kw=margins)
     for axis, (title, pixels) in zip(axes.T.flat, rows.items()):
         framed = F.pad(pixels, (1, 1, 1, 1), value=255)  # white between the images
         axis.imshow(torch.cat(framed.unbind(), 2).permute(1, 2, 0).numpy())

@@ -213,7 +213,7 @@ def parse(argv: list[str] | None, parser: argparse.ArgumentParser) -> tuple[dict
     typed = vars(parser.parse_args(argv))
     flags = {name: value for name, value in typed.items() if value is not None}
     for name, value in flags.items():
-        if isinstance(value, int) and value > 2**32:  # beyond it, torch's own errors differ
+        if isinstance(value, int) and value > 2**32:  # no size can be, and torch would overflow
             parser.error(f"argument --{name.replace('_', '-')}: too large")
     return PRESETS[flags.pop("preset", "deit")], flags
 

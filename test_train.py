@@ -742,7 +742,7 @@ def test_processes_that_see_different_runs_or_images_are_refused(other, plain, j
 
     assert prepare("--resume", world=2).epoch == 2
     monkeypatch.setattr(train.dist, "all_gather_object", all_gather_object)
-    with pytest.raises(ValueError, match="--out and --data-dir must lie on a disk that all"):
+    with pytest.raises(ValueError, match="--out must lie on a disk that all of them share"):
         prepare("--resume", world=2)
 
 
