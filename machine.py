@@ -191,7 +191,7 @@ def versions(device: torch.device) -> dict:
     repository = f"--git-dir={folder / '.git'}"
 
     def git(*words: str) -> str:
-        command = ["git", "-C", folder, repository, f"--work-tree={folder}", *words]
+        command = ["git", "-C", folder, repository, *words]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         except OSError:

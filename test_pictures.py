@@ -398,6 +398,21 @@ def test_a_class_or_a_part_that_is_a_link_to_nowhere_is_named(link, tmp_path):
     assert f"{tmp_path / link} is a link to {tmp_path}/away/there, which is not there" in message
 
 
+def test_a_folder_that_cannot_be_read_is_refused_with_its_name(tmp_path, monkeypatch):
+    """A class without some of its pictures would be another class."""
+    make_folder(tmp_path)
+    (tmp_path / "train/cat/locked").mkdir()
+    real = os.listdir
+
+    def listdir(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert "train/cat/locked" in refused(tmp_path, PermissionError)
+
+
 def test_an_accent_in_one_character_or_in_two_is_the_same_class(tmp_path):
     """macOS unpacks café in five characters, Linux in four; within a part and between two."""
     one, two = "caf\u00e9", "cafe\u0301"
