@@ -159,6 +159,11 @@ def quote(words: list[str]) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
+def silence(stream):
+    """Let what is still to be written to it go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def say(text: str):
     """Print a line at once, or not at all where the terminal is gone: the same is in log.csv."""
     try:
@@ -166,7 +171,7 @@ def say(text: str):
     except BrokenPipeError:  # as in `| head`: nobody wants more
         raise
     except OSError:  # or its disk is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
 
 
 # Windows has no SIGHUP
@@ -224,7 +229,7 @@ def run_program(main) -> int:
             except BrokenPipeError:
                 raise
             except OSError as error:  # the disk of `> file` is full; Python would try again
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                silence(stream)
                 if not code:
                     code = 2
                     with contextlib.suppress(OSError):  # it may be full below stderr, too
@@ -234,5 +239,5 @@ def run_program(main) -> int:
         return 130
     except BrokenPipeError:  # as in `| head`; Python would try again to write at its end
         for stream in streams:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            silence(stream)
         return 141

@@ -401,10 +401,10 @@ def test_signals_are_left_alone_outside_the_main_thread(handlers):
 
 
 def start(body, command="exec {python}", **variables):
-    """A process whose main() has this body, run by a shell. It has only the source of run_program:
+    """A process whose main() has this body, run by a shell. It has only the source it needs:
     importing torch would take seconds."""
     lines = ["import contextlib, os, signal, sys, threading, time", "from tqdm import tqdm"]
-    lines += [inspect.getsource(log.run_program), "def main():"]
+    lines += [inspect.getsource(log.silence), inspect.getsource(log.run_program), "def main():"]
     lines += [f"    {line}" for line in body.splitlines()] + ["sys.exit(run_program(main))"]
     Path("program.py").write_text("\n".join(lines))
     command = command.replace("{python}", f"{sys.executable} program.py")
