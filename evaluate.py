@@ -131,6 +131,12 @@ def describe(metrics: dict) -> str:
 # --- the program ----------------------------------------------------------------------------------
 
 
+def suffix_of(checkpoint: dict, split: str) -> str:
+    """In the names of the files of a look: "" for the best weights' look at the test set."""
+    which = "_last" if "optimizer" in checkpoint else ""  # a best.pt has only weights
+    return which if split == "test" else f"{which}_{split}"
+
+
 def evaluate(
     checkpoint: dict,
     out: str,
@@ -177,8 +183,7 @@ def evaluate(
     metrics |= measure(logits, labels, classes)
     print(describe(metrics), flush=True)
     os.makedirs(out, exist_ok=True)
-    which = "_last" if "optimizer" in checkpoint else ""  # a best.pt has only weights
-    suffix = which if split == "test" else f"{which}_{split}"
+    suffix = suffix_of(checkpoint, split)
     path = os.path.join(out, f"metrics{suffix}.json")
     write_atomically(path, json.dumps(metrics, indent=1).encode())
 
@@ -194,7 +199,7 @@ def evaluate(
     save(plots.plot_confusion_matrix, f"confusion_matrix{suffix}.png", metrics, title)
     save(plots.plot_attention, f"attention{suffix}.png", model, *shown, title)
     save(plots.plot_mistakes, f"mistakes{suffix}.png", images, labels, logits, classes, title)
-    save(plots.plot_positions, f"positions{which}.png", model, name)
+    save(plots.plot_positions, f"positions{suffix_of(checkpoint, 'test')}.png", model, name)
     if history:
         save(plots.plot_curves, "curves.png", history, name)
     return metrics
@@ -209,6 +214,24 @@ def read_metrics(out: str) -> dict:
         return {}
     is_ours = isinstance(metrics, dict) and isinstance(metrics.get("data_dir", ""), str)
     return metrics if is_ours else {}
+
+
+def refuse_place(out: str, recipe: dict, data_dir: str | None):
+    """ValueError for a folder of another run, or in the pictures that this one learns from."""
+    if any(os.path.exists(os.path.join(out, name)) for name in ("last.pt", "best.pt")):
+        raise ValueError(f"--out {out} holds another run: choose another --out")
+    if recipe["dataset"] == "folder":
+        pictures.refuse_inside(out, data_dir or recipe["data_dir"])
+
+
+def refuse_other_images(out: str, data_dir: str):
+    """ValueError if the metrics.json there is of other images (that have not merely moved)."""
+    seen = read_metrics(out).get("data_dir")
+    if seen and os.path.isdir(seen) and os.path.realpath(data_dir) != os.path.realpath(seen):
+        raise ValueError(
+            f"{os.path.join(out, 'metrics.json')} is of the images in {seen}: for those in "
+            f"{data_dir} choose another --out"
+        )
 
 
 def classify(checkpoint: dict, paths: list[str], device: str = "auto") -> int:
@@ -268,19 +291,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"warning: no curves: {error}", file=sys.stderr)
         out = args.out or folder
         if os.path.realpath(out) != os.path.realpath(folder):
-            if any(os.path.exists(os.path.join(out, name)) for name in ("last.pt", "best.pt")):
-                raise ValueError(f"--out {out} holds another run: choose another --out")
-            recipe = checkpoint["train"]
-            if recipe["dataset"] == "folder":
-                pictures.refuse_inside(out, args.data_dir or recipe["data_dir"])
-        seen, asked = read_metrics(out).get("data_dir"), args.data_dir
-        is_the_result = args.split == "test" and "optimizer" not in checkpoint  # for metrics.json
-        if is_the_result and asked and seen and os.path.isdir(seen):  # else those have moved
-            if os.path.realpath(asked) != os.path.realpath(seen):
-                raise ValueError(
-                    f"{os.path.join(out, 'metrics.json')} is of the images in {seen}: for those "
-                    f"in {asked} choose another --out"
-                )
+            refuse_place(out, checkpoint["train"], args.data_dir)
+        if args.data_dir and not suffix_of(checkpoint, args.split):
+            refuse_other_images(out, args.data_dir)
         evaluate(checkpoint, out, args.split, args.data_dir, args.device, history=history)
     except BrokenPipeError:  # as in `| head`: see log.run_program
         raise
