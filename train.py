@@ -437,10 +437,8 @@ def main(argv: list[str] | None = None) -> int:
             if rank == 0:
                 lock_file = checkpoint.lock(out)
                 # another run may have come and gone while the data were read
-                last = checkpoint.check_out(out, resume=run.epoch > 0) or {}
-                epoch = last.get("epoch", run.epoch)
-                del last  # it may be large
-                if epoch != run.epoch:
+                saved = (checkpoint.check_out(out, resume=run.epoch > 0) or {}).get("epoch")
+                if saved not in (None, run.epoch):
                     raise ValueError(f"another run has gone on in {out} meanwhile: try again")
         except BrokenPipeError:  # as in `| head`: see log.run_program
             raise
