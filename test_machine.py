@@ -363,6 +363,14 @@ def git(*words, folder="."):
     return done.stdout.strip()
 
 
+def commit_all(folder):
+    """Put what lies there into a new repository. Returns the commit."""
+    git("init", folder=folder)
+    git("add", ".", folder=folder)
+    git("commit", "-m", "a", folder=folder)
+    return git("rev-parse", "HEAD", folder=folder)
+
+
 def commit_in(folder, monkeypatch):
     """What a run would say of itself if the files lay there."""
     monkeypatch.setattr(machine, "__file__", str(Path(folder, "machine.py")))
@@ -391,10 +399,7 @@ needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="there is no 
 @needs_git
 def test_the_commit_is_that_of_the_files_and_says_whether_they_were_changed(monkeypatch):
     copy_files("mine")
-    git("init", folder="mine")
-    git("add", ".", folder="mine")
-    git("commit", "-m", "a", folder="mine")
-    head = git("rev-parse", "HEAD", folder="mine")
+    head = commit_all("mine")
     assert commit_in("mine", monkeypatch) == head[:12]
     Path("mine/vit.py").write_text("changed")
     assert commit_in("mine", monkeypatch) == f"{head[:12]}-dirty"
@@ -404,10 +409,7 @@ def test_the_commit_is_that_of_the_files_and_says_whether_they_were_changed(monk
 def test_files_of_another_user_have_their_commit_too(monkeypatch):
     """As in a container; git would not read their repository ("dubious ownership")."""
     copy_files("theirs")
-    git("init", folder="theirs")
-    git("add", ".", folder="theirs")
-    git("commit", "-m", "a", folder="theirs")
-    head = git("rev-parse", "HEAD", folder="theirs")
+    head = commit_all("theirs")
     os.symlink("theirs", "linked")
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     assert commit_in("theirs", monkeypatch) == commit_in("linked", monkeypatch) == head[:12]
@@ -418,9 +420,7 @@ def test_files_that_were_copied_into_another_repository_are_of_no_commit_of_it(m
     """Below its top, kept in it or not; and at its top, where they are not kept in it."""
     os.makedirs("other")
     Path("other/a.txt").write_text("a")
-    git("init", folder="other")
-    git("add", ".", folder="other")
-    git("commit", "-m", "a", folder="other")
+    commit_all("other")
     copy_files("other")
     copy_files("other/below")
     assert commit_in("other", monkeypatch) == commit_in("other/below", monkeypatch) == "unknown"
