@@ -168,8 +168,8 @@ def list_images(root: str, passed_over: Counter) -> dict[str, list[str]]:
         if name != os.fsencode(name).decode(errors="replace"):
             raise ValueError(f"a class needs a name in UTF-8, got {name!a} in {root}")
         files = list(walk(folder, seen=set()))
-        inside = {os.path.relpath(path, folder).split(os.sep)[0] for path in files} & {*names}
-        if again := sorted(inside - {name}):
+        below = {os.path.relpath(os.path.dirname(path), folder).split(os.sep)[0] for path in files}
+        if again := sorted(below & {*names} - {name}):
             raise ValueError(
                 f"{folder} holds {', '.join(again)}, as does {root}: remove it if it is a copy, as "
                 f"in some archives, else rename it"

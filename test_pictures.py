@@ -342,7 +342,7 @@ def test_a_folder_that_holds_the_classes_again_is_not_taken_for_a_class(files, a
 def test_files_that_are_passed_over_are_counted_by_their_ending(tmp_path, capsys):
     """32 of 40 pictures of a class can vanish as .heic; one line says so, whatever the case."""
     make_folder(tmp_path)
-    for name in ("train/cat/1.heic", "train/dog/2.HEIC", "test/cat/3.txt", "test/cat/README"):
+    for name in ("train/cat/1.heic", "train/dog/2.HEIC", "test/cat/3.txt", "test/cat/dog"):
         (tmp_path / name).write_bytes(b"")
     write_picture(tmp_path / "train/loose.png", noise(1, 6, 6, 0)[0])
     load_folder(tmp_path)
