@@ -133,6 +133,8 @@ def join_processes(device: torch.device, world: int) -> torch.device:
         here, gpus = os.environ.get("LOCAL_WORLD_SIZE", world), torch.cuda.device_count()
         if int(here) > gpus:
             raise ValueError(f"{here} processes need as many GPUs, and here are {gpus}")
+        if "LOCAL_RANK" not in os.environ:  # not every launcher sets it
+            raise ValueError("LOCAL_RANK is not set: start several processes with torchrun")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}  # Linux's, macOS's
@@ -143,6 +145,24 @@ def join_processes(device: torch.device, world: int) -> torch.device:
     wait = timedelta(hours=3)  # while rank 0 downloads, decodes or evaluates
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
     return device
+
+
+def all_see(value, world: int) -> bool:
+    """Whether the value, which can be pickled and hashed, is the same in all processes."""
+    if world == 1:
+        return True
+    seen = [None] * world
+    dist.all_gather_object(seen, value)
+    return len({*seen}) == 1
+
+
+def rank_0_decides(decision: bool, world: int, device: torch.device) -> bool:
+    """Rank 0's decision, in all processes: their clocks differ."""
+    if world == 1:
+        return decision
+    decision = torch.tensor(float(decision), device=device)
+    dist.broadcast(decision, src=0)
+    return bool(decision)
 
 
 def limit_threads():
@@ -182,6 +202,13 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
         (a @ b)[0, 0].item()  # item() waits until it is computed
         seconds.append(time.perf_counter() - began)
     return 2 * n**3 / min(seconds)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory is short: torch has a type for it on a GPU, and many words everywhere."""
+    told = "out of memory|allocate memory|storage size calculation overflow|alloc_failed"
+    told += "|not enough memory|invalid buffer size|out_of_device_memory"
+    return isinstance(error, MemoryError) or re.search(told, str(error).lower()) is not None
 
 
 def versions(device: torch.device) -> dict:

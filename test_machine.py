@@ -316,6 +316,33 @@ def test_processes_share_a_batch_on_cpus_and_on_cudas_gpus_only(monkeypatch):
     assert machine.join_processes(CPU, 2) == CPU
 
 
+# ---- Its memory ----
+
+
+@pytest.mark.parametrize(
+    "text, is_so",
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", True),
+        ("MPS backend out of memory (MPS allocated: 1.00 GB)", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("x: can't allocate memory", True),
+        ("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.", True),
+        ("Storage size calculation overflowed with sizes=[9]", True),
+        ("Invalid buffer size: 9.00 GB", True),
+        ("level_zero backend failed: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("value cannot be converted to type uint8_t without overflow", False),
+    ],
+)
+def test_memory_that_is_short_is_told_from_bugs_by_the_words_of_every_backend(text, is_so):
+    """Which may speak of memory or overflow, too."""
+    assert machine.is_out_of_memory(RuntimeError(text)) == is_so
+
+
+def test_pythons_own_memory_is_memory():
+    assert machine.is_out_of_memory(MemoryError())
+
+
 # ---- How fast it is ----
 
 

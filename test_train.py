@@ -1254,16 +1254,9 @@ def test_a_disk_that_is_really_full_ends_the_run_in_the_same_way(capsys):
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        RuntimeError("x: can't allocate memory"),
-        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
-        RuntimeError("Invalid buffer size: 9.00 GB"),
-        RuntimeError(
-            "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"
-        ),
         MemoryError(),
     ],
-    ids=["gpu", "cublas", "cpu", "windows", "mps", "xpu", "python"],
+    ids=["gpu", "python"],
 )
 def test_out_of_memory_is_one_line_that_says_what_is_kept(error, monkeypatch, capsys):
     """In the eighth step, say, because another program has taken the GPU's memory."""
@@ -1280,16 +1273,10 @@ def test_out_of_memory_is_one_line_that_says_what_is_kept(error, monkeypatch, ca
     assert run("--resume") == 0
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "CUDA error: an illegal memory access was encountered",
-        "value cannot be converted to type uint8_t without overflow",
-    ],
-)
-def test_any_other_failure_of_torch_keeps_its_traceback(text, monkeypatch):
-    """A bug is not the user's to fix, even if its text speaks of memory or overflow. But a GPU that
-    fails loses no run either, and below the traceback stands how it goes on."""
+def test_any_other_failure_of_torch_keeps_its_traceback(monkeypatch):
+    """A bug is not the user's to fix. But a GPU that fails loses no run either, and below the
+    traceback stands how it goes on."""
+    text = "CUDA error: an illegal memory access was encountered"
 
     def raise_it(*_):
         raise RuntimeError(text)
@@ -2203,8 +2190,10 @@ def test_more_processes_than_gpus_are_refused(gpu, joined, monkeypatch):
             with pytest.raises(ValueError, match="3 processes need as many GPUs, and here are 2"):
                 prepare("--device", "cuda", rank=rank, world=3)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with gpu, pytest.raises(ValueError, match="LOCAL_RANK is not set"):
+        prepare("--device", "cuda", rank=3, world=4)
+    monkeypatch.setenv("LOCAL_RANK", "1")
     flags = ("--device", "cuda", "--batch-size", 20, "--dtype", "bfloat16")
     with gpu:
         assert prepare(*flags, rank=3, world=4).device == torch.device("cuda", 1)

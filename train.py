@@ -19,7 +19,6 @@ import contextlib
 import copy
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -217,14 +216,12 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     config, vit_config = recipe.build_configs(values, len(dataset.classes))
     train_set, val_set = data.hold_out(dataset, config.val_size, config.seed)
     fingerprint = dataset.fingerprint
-    if world > 1:
-        seen = [None] * world
-        dist.all_gather_object(seen, (last["epoch"] if last else 0, fingerprint))
-        if len({*seen}) > 1:  # on two machines, say, each with a disk of its own
-            raise ValueError(
-                "the processes see different runs or different images: --out must lie on a disk "
-                "that all of them share, and --data-dir had better, too"
-            )
+    seen = (last["epoch"] if last else 0, fingerprint)
+    if not machine.all_see(seen, world):  # on two machines, say, each with a disk of its own
+        raise ValueError(
+            "the processes see different runs or different images: --out must lie on a disk "
+            "that all of them share, and --data-dir had better, too"
+        )
     dataset = replace(dataset, train_images=torch.empty(0))  # split, they need not be kept twice
     n = len(train_set[0])
     recipe.refuse_hours(config, vit_config, device.type, n)
@@ -329,15 +326,6 @@ def save_pause(device: torch.device) -> float:
     return 0.0 if device.type == "cpu" else 10.0
 
 
-def rank_0_decides(run: Run, decision: bool) -> bool:
-    """Rank 0's decision, on all ranks: their clocks differ."""
-    if run.world == 1:
-        return decision
-    decision = torch.tensor(float(decision), device=run.device)
-    dist.broadcast(decision, src=0)
-    return bool(decision)
-
-
 def train(run: Run, began: float, argv: list[str] | None):
     """The epochs, and the one look at the test set when they are all done."""
     config, first = run.config, run.epoch + 1
@@ -360,7 +348,7 @@ def train(run: Run, began: float, argv: list[str] | None):
         if config.max_minutes:
             needed = 1.1 * (longest_save + max(usual) + longest_save)
             over = time.monotonic() - began + needed > 60 * config.max_minutes
-            out_of_time = rank_0_decides(run, over)
+            out_of_time = machine.rank_0_decides(over, run.world, run.device)
 
         # save
         is_due = epoch % config.save_every == 0
@@ -469,11 +457,8 @@ def main(argv: list[str] | None = None) -> int:
         raise
     except OSError as error:  # a full disk, a folder that is gone
         fail(2, f"{error}. {going_on()}", alone=True)
-    except (RuntimeError, MemoryError) as error:  # torch has no type of its own for a CPU's
-        told = "out of memory|allocate memory|storage size calculation overflow"
-        told += "|alloc_failed|not enough memory|invalid buffer size|out_of_device_memory"
-        about_memory = re.search(told, str(error).lower())
-        if not (about_memory or isinstance(error, MemoryError)):
+    except (RuntimeError, MemoryError) as error:
+        if not machine.is_out_of_memory(error):
             error.add_note(going_on())  # below the traceback: the run is not lost
             raise
         hint = "a smaller --batch-size, --image-size or network (in a new --out) needs less"
