@@ -148,11 +148,11 @@ SHAPES = {  # class: where its five dots are, on a grid of 3x3
 def draw_shapes(n: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """n drawings of the ten SHAPES, in turn: uint8 (n, 3, H, W) and int64 labels (n,).
 
-    Each has five equal dots, whose arrangement tells its class: no colour does, nor a single pixel,
-    and a ViT without positions gets half of them right. Drawn at random are the colours, whether
-    the dots are lighter or darker than the paper, their size, small shifts of each and a larger one
-    of all, and left or right, so that a mirrored picture is of the same class. The same seed draws
-    the same bytes (on CPUs with the same instructions).
+    Each has five identical dots. Only their arrangement tells the class, not their colour nor any
+    single pixel; a ViT without positions gets half of the drawings right. Drawn at random are the
+    colours, whether the dots are lighter or darker than the paper, their size, a small shift of
+    each and a larger one of all, and whether all is mirrored: a mirrored picture is of the same
+    class. The same seed draws the same bytes (on CPUs with the same instructions).
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -207,8 +207,8 @@ def channel_statistics(images: Tensor) -> tuple[tuple, tuple]:
 def split(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the training and of the validation images: disjoint, complete, shuffled by seed.
 
-    Stratified: every class gives its share of the val_size images, to within one image, and one of
-    two images or more keeps one for training. ValueError for a val_size that cannot be had.
+    Stratified: every class gives its share of the val_size images, to within one image, and a class
+    of two images or more keeps one for training. ValueError for a val_size that cannot be met.
     """
     n, sizes = len(labels), labels.bincount()
     limit = min(n - 1, n - int((sizes > 1).sum()))

@@ -148,10 +148,10 @@ def evaluate(
 ) -> dict:
     """Evaluate on split "test" or "val": print the metrics, write metrics.json, draw pictures.
 
-    In this order, so that no picture can cost a number. dataset: one that is loaded already; else
-    the one the checkpoint was trained on is loaded. history: the rows of its log.csv, for the
-    curves. The files of the validation split are called *_val, but for curves and positions, and
-    those of a last.pt *_last: metrics.json is the best weights' look at the test set.
+    In this order, so that a picture that fails cannot cost the numbers. dataset: one that is loaded
+    already; else the one the checkpoint was trained on is loaded. history: the rows of its log.csv,
+    for the curves. Names of files end in _val for the validation split (but for curves and
+    positions) and have _last for a last.pt: metrics.json is of the best weights on the test set.
     ValueError if the data do not fit the checkpoint. Returns the metrics.
     """
     # the images

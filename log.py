@@ -207,8 +207,8 @@ def listen_to_signals() -> dict:
 
 
 def run_program(main) -> int:
-    """main() as a program: a name that the terminal cannot print, a reader that goes away and an
-    interrupt end in no traceback. Returns the exit code."""
+    """Run main() as a program: a name that the terminal cannot print, a reader that goes away or an
+    interrupt causes no traceback. Returns the exit code."""
     # None when closed, as by `>&-`; a notebook has streams of its own
     streams = [s for s in (sys.stdout, sys.stderr) if hasattr(s, "reconfigure")]
     for stream in streams:

@@ -1,6 +1,6 @@
 """
-The machine a run is on: its device, what that computes in, whether to compile; how many processes
-and threads; how fast it is, and what the numbers of a run are traced to.
+The machine a run is on: its device and dtype, whether to compile, how many processes and threads,
+how fast it is, and the versions and hardware to which a run's numbers can be traced.
 """
 
 import contextlib
@@ -125,7 +125,7 @@ def should_compile(asked: bool | None, device: torch.device) -> bool:
 def join_processes(device: torch.device, world: int) -> torch.device:
     """Join the other processes of a run. Returns the device of this one.
 
-    ValueError for more of them than this machine has GPUs, or for others than CUDA's.
+    ValueError for more processes than this machine has GPUs, or a device other than CPU or CUDA.
     """
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"several processes want CUDA's GPUs, or --device cpu, not {device.type}")

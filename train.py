@@ -82,8 +82,8 @@ class Run:
 
 
 class Diverged(Exception):
-    """A loss, a gradient or a weight that is not a finite number: what it is, then the flags with
-    which the run may be saved, if they are not the usual ones."""
+    """A loss, a gradient or a weight is not a finite number. The arguments: the message, then the
+    flags that may rescue the run, if they are not the usual ones."""
 
 
 def train_epoch(run: Run, epoch: int) -> dict:
@@ -295,7 +295,7 @@ def snapshot(run: Run) -> dict:
 
 
 def save(run: Run):
-    """last.pt first; killed in between, the rest is derived again by the resumed run."""
+    """last.pt first: after a kill in between, the resumed run derives the rest from it again."""
     whole = snapshot(run)
     checkpoint.save_checkpoint(whole, run.path("last.pt"))
     derive(run, whole)

@@ -3,7 +3,7 @@ A Vision Transformer, bottom-up: every name is defined before it is used.
 
     images                              (B, C, H, W)   normalised pixels
       PatchEmbedding                    (B, P, D)      cut into patches, map each to a vector
-      class token first, positions      (B, N, D)      N = P + 1; pool="mean" has no token: N = P
+      class token first, positions      (B, N, D)      N = P + 1, or P without it (pool="mean")
       TransformerEncoderBlock x depth   (B, N, D)      x + Attention(Norm(x)), then x + MLP(Norm(x))
       final norm, then pool             (B, D)         the class token, or the mean over tokens
       head                              (B, K)         logits
@@ -45,7 +45,7 @@ class ViTConfig:
     mlp_ratio: float = 4.0  # hidden width of the MLP / dim
     dropout: float = 0.1  # after the embedding and after both layers of each MLP
     attn_dropout: float = 0.0  # on the attention weights
-    drop_path: float = 0.0  # chance to skip a branch of the last block; rises linearly from 0
+    drop_path: float = 0.0  # chance to skip a branch of the last block; linear from 0 in the first
     pool: str = "cls"  # what the head reads: "cls" (the class token) or "mean" (of all tokens)
     relative_position_bias: bool = False  # add a learned number by head and displacement to scores
 
