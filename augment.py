@@ -300,7 +300,7 @@ def cutmix(
     top, bottom = max(int(y - half * H), 0), min(int(y + half * H), H)
     left, right = max(int(x - half * W), 0), min(int(x + half * W), W)
     mixed = images.clone()
-    mixed[..., top:bottom, left:right] = images.roll(1, 0)[..., top:bottom, left:right]
+    mixed[..., top:bottom, left:right] = images[..., top:bottom, left:right].roll(1, 0)
     pasted = (bottom - top) * (right - left) / (H * W)
     return mixed, (1 - pasted) * targets + pasted * targets.roll(1, 0)
 
@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None):
     try:
         dataset = data.load(args.dataset, args.data_dir, args.image_size)
     except (ValueError, OSError, RuntimeError, OverflowError) as error:  # or it is too large
-        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
+        parser.error(" ".join(str(error).split()))
 
     # one image many times over, and a batch of different ones
     columns, generator = 6, torch.Generator().manual_seed(0)
@@ -429,7 +429,7 @@ def main(argv: list[str] | None = None):
     try:
         figure.savefig(args.out, dpi=90)
     except (ValueError, OSError, RuntimeError) as error:  # a format that matplotlib cannot write
-        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
+        parser.error(" ".join(str(error).split()))
     print(f"wrote {args.out}")
 
 

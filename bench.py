@@ -47,27 +47,27 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def row(what: str, seconds: list[float], unit: str, base: float | None = None) -> float:
+def row(what: str, seconds: list[float], unit: str, base: float) -> float:
     """Print one line of the table, in a unit such as "ms/image". Returns the median in seconds.
 
-    base: seconds that the last column is a ratio to; the median itself if there is none.
+    base: seconds that the last column is a ratio to.
     """
     size = {"us": 1e-6, "ms": 1e-3, "s": 1.0}[unit.split("/")[0]]
     middle = statistics.median(seconds)
     spread = f"{min(seconds) / size:.4g} .. {max(seconds) / size:.4g}"
-    ratio = f"{middle / (base or middle):.2f}"
+    ratio = f"{middle / base:.2f}"
     print(f"  {what:<58}{middle / size:>9.4g} {unit:<10}{spread:>18}{ratio:>8}", flush=True)
     return middle
 
 
-def compare(title: str, variants: dict, unit: str, device: torch.device, turns: int = 3) -> dict:
+def compare(title: str, variants: dict, unit: str, device: torch.device) -> dict:
     """Time variants, {name: (callable, how many things one call handles)}, by turns.
 
     Prints a row for each, per thing. Returns {name: median in seconds}.
     """
     print(f"\n{title}")
     seconds = {name: [] for name in variants}
-    for turn in range(turns + 1):  # the first turn warms up and is not counted
+    for turn in range(4):  # the first turn warms up and is not counted
         for name, (call, count) in variants.items():
             began = time.perf_counter()
             call()
@@ -138,7 +138,7 @@ def peers(config: ViTConfig) -> dict:
     return found
 
 
-def stepper(model, images, targets, dtype=torch.float32, optimizer=None):
+def stepper(model, images, targets, dtype, optimizer=None):
     """A function that does one step (forward, backward, by default fused AdamW) of any model."""
     if optimizer is None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -376,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.batch_size is not None and args.batch_size < 4:
             raise ValueError(f"batch_size must be at least 4, got {args.batch_size}")
     except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.error(str(error))
     machine.limit_threads()
     batch = args.batch_size or (32 if device.type == "cpu" else 1024)
     dtype = machine.pick_dtype("auto", device)

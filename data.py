@@ -17,7 +17,6 @@ Axes:  N images (tokens in vit.py)   B batch   C = 3 channels   H, W image heigh
 import hashlib
 import os
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -49,12 +48,10 @@ class Dataset:
     val_images: Tensor | None = None  # of a folder that brings a validation part of its own
     val_labels: Tensor | None = None
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """Of the training images, their labels and their order: the split depends on all three.
-
-        And of the validation images that a folder brings.
-        """
+        """SHA-256 of the training images and labels, in order (the split depends on all three), and
+        of the validation part that a folder brings."""
         digest = hashlib.sha256()
         for tensor in (self.train_images, self.train_labels, self.val_images, self.val_labels):
             if tensor is not None:
@@ -94,12 +91,8 @@ def load(
     if only_test:
         nothing = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
         parts["train"] = nothing, torch.empty(0, dtype=torch.int64)
-    if dataset in CIFAR_STATISTICS:
-        mean, std = CIFAR_STATISTICS[dataset]
-    else:
-        mean, std = channel_statistics(parts["train"][0])
-    val = parts.get("val", (None, None))
-    return Dataset(classes, *parts["train"], *parts["test"], mean, std, *val)
+    mean, std = CIFAR_STATISTICS.get(dataset) or channel_statistics(parts["train"][0])
+    return Dataset(classes, *parts["train"], *parts["test"], mean, std, *parts.get("val", ()))
 
 
 def load_cifar(dataset: str, data_dir: str, download_url: str | None = None) -> tuple:

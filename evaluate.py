@@ -132,7 +132,7 @@ def describe(metrics: dict) -> str:
 
 
 def suffix_of(checkpoint: dict, split: str) -> str:
-    """In the names of the files of a look: "" for the best weights' look at the test set."""
+    """What is added to the names of files: nothing for the best weights on the test set."""
     which = "_last" if "optimizer" in checkpoint else ""  # a best.pt has only weights
     return which if split == "test" else f"{which}_{split}"
 
@@ -160,8 +160,7 @@ def evaluate(
     if dataset is None:
         size, url = checkpoint["vit"]["image_size"], recipe["download_url"]
         try:
-            only_test = split == "test"
-            dataset = data.load(recipe["dataset"], data_dir, size, url, only_test=only_test)
+            dataset = data.load(recipe["dataset"], data_dir, size, url, only_test=split == "test")
         except FileNotFoundError as error:
             raise ValueError(f"{error} (if they have moved: --data-dir)") from None
     if list(dataset.classes) != list(classes):

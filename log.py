@@ -126,8 +126,8 @@ def describe_run(run, steps: int) -> str:
     return "\n".join(lines)
 
 
-def describe_start(run, loss: float) -> str:
-    """Where a train.Run begins; loss: its validation loss before the first step."""
+def describe_start(run, loss: float | None) -> str:
+    """Where a train.Run begins; loss: its validation loss before the first step, of a fresh one."""
     if run.epoch:
         best = f", best so far {run.best['accuracy']:.2%}" if run.best else ""
         return f"resumed  after epoch {run.epoch} of {run.config.epochs}{best}"

@@ -31,11 +31,12 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name) if name != "auto" else found or torch.device("cpu")
     except RuntimeError:
         raise ValueError(f'unknown device "{name}": expected auto, cpu, cuda or mps') from None
-    absent = f'device "{name}" is not available here; there'
-    if device.type != "cpu" and (found is None or device.type != found.type):
-        raise ValueError(f"{absent} is {found.type if found else 'only cpu'}")
-    if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
-        raise ValueError(f"{absent} are {torch.accelerator.device_count()}")
+    kind = found.type if found else "only cpu"
+    if device.type not in ("cpu", kind):
+        raise ValueError(f'device "{name}" is not available here; there is {kind}')
+    count = torch.accelerator.device_count()
+    if device.type != "cpu" and (device.index or 0) >= count:
+        raise ValueError(f'device "{name}" is not available here; there are {count}')
     if device.type == "cuda":
         refuse_unknown_gpu(device)
     return device
@@ -206,9 +207,11 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory is short: torch has a type for it on a GPU, and many words everywhere."""
-    told = "out of memory|allocate memory|storage size calculation overflow|alloc_failed"
-    told += "|not enough memory|invalid buffer size|out_of_device_memory"
-    return isinstance(error, MemoryError) or re.search(told, str(error).lower()) is not None
+    words = (
+        "out of memory|allocate memory|storage size calculation overflow|alloc_failed|"
+        "not enough memory|invalid buffer size|out_of_device_memory"
+    )
+    return isinstance(error, MemoryError) or re.search(words, str(error).lower()) is not None
 
 
 def versions(device: torch.device) -> dict:
@@ -225,8 +228,8 @@ def versions(device: torch.device) -> dict:
             return "unknown"
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
-    # Copied into another repository, this file is below its top, or not kept in it.
-    is_own = git("ls-files", "--full-name", "machine.py") == "machine.py"
+    # At the top of another repository these files may be untracked: its commit is not theirs.
+    is_own = git("ls-files", "machine.py") == "machine.py"
     name = f"{device.type} ({platform.machine()})"
     return {
         "commit": git("describe", "--always", "--dirty", "--abbrev=12") if is_own else "unknown",

@@ -136,7 +136,7 @@ def average_gradients(model: VisionTransformer):
     its sums after a process's first step (pytorch/pytorch#35137), and so a resumed run of three
     processes would not end in the same bits: (a + b) + c is not always a + (b + c).
     """
-    if not (dist.is_available() and dist.is_initialized()):  # AMD's builds for Windows lack all
+    if not (dist.is_available() and dist.is_initialized()):  # not in AMD's Windows builds
         return
     gradients = [parameter.grad for parameter in model.parameters()]
     flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message, not hundreds

@@ -334,7 +334,7 @@ def decode(paths: list[str], data_dir: str, image_size: int, is_all: bool) -> Te
     # Pillow decodes without Python's lock. Of a shared machine's cores, those that are ours.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pool = ThreadPoolExecutor(min(cores, 16))  # each holds a picture at its full size
-    bar = {"unit": " images", "disable": True if sys.stderr is None else None}  # None: no terminal
+    bar = {"unit": " images", "disable": True if sys.stderr is None else None}  # None: if no tty
     try:
         errors = list(tqdm(pool.map(attempt, missing.values(), places), total=len(missing), **bar))
     finally:

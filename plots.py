@@ -58,9 +58,9 @@ def title_of(dataset: str, data_dir: str) -> str:
     return os.path.basename(os.path.abspath(data_dir)) if dataset == "folder" else dataset
 
 
-def show_image(axis, image: Tensor, title: str = ""):
-    """image: uint8 (3, H, W)."""
-    axis.imshow(image.permute(1, 2, 0).cpu().numpy())
+def show_image(axis, image: Tensor, title: str):
+    """image: uint8 (3, H, W), on the CPU."""
+    axis.imshow(image.permute(1, 2, 0).numpy())
     axis.set_title(title, fontsize=8)
     axis.axis("off")
 

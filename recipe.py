@@ -172,10 +172,11 @@ PRESETS = {
 }
 # Where this process runs and for how long: not in the checkpoint.
 SESSION = ("out", "resume", "max_minutes")
-# In the checkpoint, but --resume may be given another: where things are, and what may rescue a run
-# that diverged.
-MAY_CHANGE = ("data_dir", "download_url", "save_every", "device", "compile")
-MAY_CHANGE += ("lr", "grad_clip", "dtype")
+# In the checkpoint, but --resume may be given another.
+MAY_CHANGE = (
+    *("data_dir", "download_url", "save_every", "device", "compile"),  # where things are, and how
+    *("lr", "grad_clip", "dtype"),  # what may rescue a run that diverged
+)
 
 
 def make_parser() -> argparse.ArgumentParser:

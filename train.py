@@ -103,12 +103,11 @@ def train_epoch(run: Run, epoch: int) -> dict:
     batches = augment.epoch_batches(
         *run.train_set, dataset.mean, dataset.std, len(dataset.classes), config, epoch
     )
-    on_terminal = run.rank == 0 and sys.stderr is not None and sys.stderr.isatty()
+    no_bar = True if run.rank or sys.stderr is None else None  # None: unless it is a terminal
+    bar = tqdm(batches, f"epoch {epoch}", total=steps, leave=False, disable=no_bar)
     state.model.train()
     results = []
-    for images, targets in tqdm(
-        batches, f"epoch {epoch}", total=steps, leave=False, disable=not on_terminal
-    ):
+    for images, targets in bar:
         lr = state.optimizer.param_groups[0]["lr"]
         results.append(torch.stack(optim.train_step(state, images[mine], targets[mine], config)))
 
@@ -247,9 +246,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         run.peak = machine.measure_peak(device, state.dtype) * world
         run.versions = machine.versions(device)
         print(log.describe_run(run, steps))
-        loss = math.nan
-        if run.epoch == 0:
-            loss, _ = validate(run, state.model, [part[:1_000] for part in val_set])
+        loss = None if last else validate(run, state.model, [part[:1_000] for part in val_set])[0]
         print(log.describe_start(run, loss))
         print(log.header(run.unused), flush=True)
     return run
@@ -328,10 +325,10 @@ def save_pause(device: torch.device) -> float:
 
 def train(run: Run, began: float, argv: list[str] | None):
     """The epochs, and the one look at the test set when they are all done."""
-    config, first = run.config, run.epoch + 1
+    config = run.config
     seconds, longest_save = [], 0.0
     saved, out_of_time = -math.inf, False
-    for epoch in range(first, config.epochs + 1):
+    for epoch in range(run.epoch + 1, config.epochs + 1):
         # train, then validate
         epoch_began = time.monotonic()
         row = train_epoch(run, epoch)
@@ -375,7 +372,7 @@ def finish(run: Run):
     out, whole = run.config.out, snapshot(run)
     derive(run, whole)  # what a kill may have kept from being written
     best = checkpoint.best_of(whole)
-    seen = evaluate.read_metrics(out)  # a look on the way here is not the last one
+    seen = evaluate.read_metrics(out)  # one made before the last epoch does not count
     data_dir = os.path.realpath(run.config.data_dir)
     seen_dir = os.path.realpath(seen.get("data_dir", data_dir))
     look = (seen.get("epoch"), seen.get("epochs_trained"), seen_dir)
