@@ -316,6 +316,20 @@ def test_processes_share_a_batch_on_cpus_and_on_cudas_gpus_only(monkeypatch):
     assert machine.join_processes(CPU, 2) == CPU
 
 
+@pytest.mark.parametrize("rank_0", [False, True])
+def test_all_processes_do_what_the_first_decides(rank_0, monkeypatch):
+    """Their clocks differ: one would end the epoch while the others wait for its gradients."""
+
+    def broadcast(tensor, src):
+        assert src == 0
+        tensor.fill_(rank_0)
+
+    monkeypatch.setattr(machine.dist, "broadcast", broadcast)
+    for own in (False, True):
+        assert machine.rank_0_decides(own, 2, CPU) is rank_0
+        assert machine.rank_0_decides(own, 1, CPU) is own
+
+
 # ---- Its memory ----
 
 

@@ -289,7 +289,10 @@ def test_an_epoch_has_a_bar_on_a_terminal_and_nowhere_else(monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
         assert run(out="seen") == 0
-    assert "epoch 1" in capsys.readouterr().err
+        assert "epoch 1" in capsys.readouterr().err
+        patch.setattr(train.dist, "all_reduce", lambda _: None)
+        train.train_epoch(replace(prepare("--out", "new"), rank=1, world=2), 1)  # rank 0 has it
+        assert not capsys.readouterr().err
     monkeypatch.setattr(sys, "stderr", None)
     assert run(out="closed") == 0
 
