@@ -206,7 +206,7 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory is short: torch has a type for it on a GPU, and many words everywhere."""
+    """Whether memory is short. Torch has a type for that on a GPU only: its words tell."""
     words = (
         "out of memory|allocate memory|storage size calculation overflow|alloc_failed|"
         "not enough memory|invalid buffer size|out_of_device_memory"
