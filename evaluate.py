@@ -27,7 +27,7 @@ import log
 import pictures
 import plots
 from checkpoint import build_model, load_checkpoint, write_atomically
-from machine import limit_threads, pick_device
+from machine import is_out_of_memory, limit_threads, pick_device
 from vit import ViTConfig
 
 
@@ -298,6 +298,10 @@ def main(argv: list[str] | None = None) -> int:
         raise
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        parser.error("out of memory: on a GPU that others use, --device cpu has more")
     print(f"wrote metrics and pictures into {out}/")
     return 0
 

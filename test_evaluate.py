@@ -41,7 +41,7 @@ from testing import (
     small_model,
     tree,
 )
-from vit import ViTConfig
+from vit import VisionTransformer, ViTConfig
 
 pytestmark = pytest.mark.usefixtures("tiny", "here")
 
@@ -700,6 +700,34 @@ def test_bad_input_is_one_line_and_exit_code_two(flags, message, plain, monkeypa
     assert program(*flags.split()) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "error: " in line and message in line and tree() == before
+
+
+def fail_with(monkeypatch, text):
+    """The model fails like this."""
+
+    def forward(*_):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(VisionTransformer, "forward", forward)
+
+
+@pytest.mark.parametrize("flags", ["", "--images a.png"])
+def test_memory_that_is_short_is_one_line(flags, plain, monkeypatch, capsys):
+    """On a GPU that is busy with training, say. Nothing is written or changed."""
+    Image.new("RGB", (8, 8)).save("a.png")
+    shutil.copy(plain / "best.pt", "best.pt")
+    before = tree()
+    fail_with(monkeypatch, "CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert program("best.pt", *flags.split()) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "error: out of memory: " in line and "--device cpu" in line and tree() == before
+
+
+def test_any_other_failure_of_torch_keeps_its_traceback(plain, monkeypatch):
+    """A bug is not the user's to fix."""
+    fail_with(monkeypatch, "CUDA error: unknown error")
+    with pytest.raises(RuntimeError, match="unknown error"):
+        program(plain)
 
 
 # ---- 6 Real processes ----
