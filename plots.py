@@ -48,6 +48,11 @@ def new_figure(rows: int = 1, columns: int = 1, **options):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def save(figure, path: str):
+    """A title longer than the figure makes the picture larger: nothing is cut off."""
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
 def short(name: str, width: int = 24) -> str:
     """A class name that fits beside a picture."""
     return name if len(name) <= width else name[: width - 1] + "…"
@@ -72,7 +77,7 @@ def plot_confusion_matrix(path: str, metrics: dict, title: str):
     K = len(classes)
     share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     side = min(0.45 * K, 45)  # inches, for 100 names to be read; more would take gigabytes
-    figure, [[axis]] = new_figure(figsize=(max(5, 2.5 + side), 2 + side))
+    figure, [[axis]] = new_figure(figsize=(max(6, 2.5 + side), max(4.5, 2 + side)))
     picture = axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     axis.set_xticks(range(K), classes, rotation=45, ha="right")
     axis.set_yticks(range(K), classes)
@@ -86,7 +91,7 @@ def plot_confusion_matrix(path: str, metrics: dict, title: str):
                     colour = "white" if share[i, j] > 0.5 else "black"
                     axis.text(j, i, count, ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(picture, label="share of the true class", shrink=0.8)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def plot_curves(path: str, history: list[dict], title: str):
@@ -112,7 +117,7 @@ def plot_curves(path: str, history: list[dict], title: str):
         if axis.lines:
             axis.legend(fontsize=8)
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def attention_rollout(maps: Tensor) -> Tensor:
@@ -141,13 +146,13 @@ def plot_attention(
         x = data.normalize(image[None].to(device), mean, std)
         rollout = attention_rollout(model.attention_maps(x))[0]  # (N, N)
         flow = rollout[0, 1:] if model.config.pool == "cls" else rollout.mean(0)  # (P,)
-        flow = (flow - flow.min()) / (flow.max() - flow.min()).clamp(min=1e-12)
+        flow = (flow - flow.min()) / (flow.max() - flow.min()).clamp(min=1e-6)  # no rounding
         heats.append(flow.view(side, side).cpu().numpy())
         with torch.no_grad():
             confidence, answer = model(x)[0].softmax(0).max(0)
-        verdict = f"{short(classes[answer], 18)} {confidence:.0%}"
-        titles.append(f"{short(classes[label], 18)}\ntaken for {verdict}")
-    figure, axes = new_figure(2, len(images), figsize=(1.5 * len(images) + 0.8, 3.8))
+        verdict = f"{short(classes[answer], 14)} {confidence:.0%}"
+        titles.append(f"{short(classes[label], 18)}\ntaken for\n{verdict}")
+    figure, axes = new_figure(2, len(images), figsize=(1.5 * len(images) + 0.8, 4))
     for column, image, heat, text in zip(axes.T, images, heats, titles):
         show_image(column[0], image, text)
         grey = image.float().mean(0).numpy()  # (H, W)
@@ -161,7 +166,7 @@ def plot_attention(
     bar = figure.colorbar(overlay, ax=axes[1], ticks=[0, 1], shrink=0.8)
     bar.ax.set_yticklabels(["least", "most"])
     figure.suptitle(f"{title}: attention rollout")
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def plot_mistakes(path: str, images: Tensor, labels: Tensor, logits: Tensor, classes, title: str):
@@ -181,7 +186,7 @@ def plot_mistakes(path: str, images: Tensor, labels: Tensor, logits: Tensor, cla
         show_image(axis, images[i], f"{answer}, {confidence[i]:.0%} sure\nis {truth}")
     what = f"the {len(worst)} most confident mistakes" if worst else "no mistakes"
     figure.suptitle(f"{title}: {what}")
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def plot_positions(path: str, model: VisionTransformer, title: str):
@@ -202,4 +207,4 @@ def plot_positions(path: str, model: VisionTransformer, title: str):
     figure.colorbar(picture, ax=axes, label="cosine similarity", shrink=0.7)
     what = "similarity of the learned positions,\none small map per patch"
     figure.suptitle(f"{title}: {what}", fontsize=10)
-    figure.savefig(path, dpi=110)
+    save(figure, path)

@@ -3,16 +3,20 @@ The specification of plots.py. Of a picture it is tested what it shows, read fro
 axes, and not that a file is there.
 """
 
+import itertools
 import math
 import os
 
 import pytest
 import torch
+from PIL import Image, ImageChops
 
 import data
 import plots
 from testing import DATASET, close, rng, small_model
 from vit import VisionTransformer, ViTConfig
+
+LONG_NAMES = ["flamingos in water, at home", "flamingos in water, abroad", "golden retrievers, wet"]
 
 
 def scrambled(seed=0, **network):
@@ -56,6 +60,32 @@ def test_drawing_leaves_matplotlibs_settings_as_they_were(monkeypatch):
         plots.draw(lambda path: seen.append(matplotlib.rcParams["font.size"]), "a.png")
         assert seen != [33] and dict(matplotlib.rcParams) == before
     assert dict(os.environ) == environment
+
+
+@pytest.mark.filterwarnings("error:constrained_layout not applied")  # where there is no room
+def test_no_word_of_a_picture_is_cut_off(tmp_path):
+    """Two classes, one image and four patches make the smallest pictures, here with long words. All
+    around is a white edge."""
+    model, title = small_model().eval(), "my own pictures of everything I saw, test images"
+    wide = ["W" * 30, "M" * 30]  # which leave the least room for the squares
+    confusion = {"confusion_matrix": [[3, 1], [0, 2]], "classes": wide, "accuracy": 0.5}
+    images, labels = DATASET.test_images[:1], DATASET.test_labels[:1]
+    logits = torch.eye(3)[(labels + 1) % 3]
+    pixels = (model, images, labels, LONG_NAMES, DATASET.mean, DATASET.std)
+    history = [{"epoch": e, "train_loss": 10.0**-e, "lr": 1e-7 * e} for e in (1, 2)]
+    for plot, *arguments in (
+        (plots.plot_confusion_matrix, confusion, title),
+        (plots.plot_curves, history, title),
+        (plots.plot_attention, *pixels, title),
+        (plots.plot_mistakes, images, labels, logits, LONG_NAMES, title),
+        (plots.plot_positions, model, title),
+    ):
+        path = tmp_path / f"{plot.__name__}.png"
+        plots.draw(plot, str(path), *arguments)
+        with Image.open(path) as picture:
+            inside = ImageChops.invert(picture.convert("L")).getbbox()  # of what is not white
+            (left, top, right, bottom), (width, height) = inside, picture.size
+            assert min(left, top, width - right, height - bottom) >= 3
 
 
 def test_the_data_are_called_what_they_are_and_a_folder_by_its_own_name():
@@ -165,9 +195,9 @@ def test_the_attention_picture_is_hottest_where_the_rollout_is_highest(pool, axe
         assert heat.get_extent() == grey.get_extent() and heat.get_clim() == (0, 1)
         assert sum(heat.cmap(1.0)[:3]) > sum(heat.cmap(0.0)[:3])  # the most is bright
         answer = probabilities.argmax().item()
-        is_called, taken_for = original.get_title().splitlines()
+        is_called, taken_for = original.get_title().split("\ntaken for\n")
         assert is_called == classes[labels[i]]
-        assert taken_for.endswith(f"{classes[answer]} {probabilities[answer]:.0%}")
+        assert taken_for == f"{classes[answer]} {probabilities[answer]:.0%}"
 
 
 def test_the_attention_of_pictures_is_computed_one_by_one_and_of_eight_at_most(axes, monkeypatch):
@@ -181,14 +211,37 @@ def test_the_attention_of_pictures_is_computed_one_by_one_and_of_eight_at_most(a
     assert seen == [1] * 8
 
 
-def test_where_all_patches_count_alike_the_attention_picture_is_even(axes, monkeypatch):
-    """Not divided by a range of zero."""
-    model = small_model().eval()
-    monkeypatch.setattr(model, "attention_maps", lambda x: torch.full((1, 1, 1, 5, 5), 0.2))
+@pytest.mark.parametrize("patch_size, pool", [(4, "cls"), (1, "cls"), (1, "mean")])
+def test_where_all_patches_count_alike_the_attention_picture_is_even(patch_size, pool, axes):
+    """Not divided by a range of zero, nor by one that is all rounding, as in float32."""
+    model = small_model(patch_size=patch_size, pool=pool, depth=3).eval()
+    for block in model.blocks:
+        block.attn.qkv.weight.data.zero_()
     labels, classes = torch.tensor([1]), ["cat", "dog", "eel"]
     statistics = (DATASET.mean, DATASET.std)
     plots.plot_attention("", model, DATASET.test_images[:1], labels, classes, *statistics, "")
-    assert torch.equal(shown(axes[1].images[1]), torch.zeros(2, 2))
+    assert shown(axes[1].images[1]).max() < 0.1
+
+
+@pytest.mark.parametrize("n", [1, 8])
+def test_what_stands_above_one_image_does_not_reach_into_the_next(n, axes):
+    """Whatever the names of the classes are, and the percentage has three digits."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    model = small_model().eval()
+    model.head.weight.data.zero_()
+    model.head.bias.data[0] = 99
+    images, labels = DATASET.test_images[:n], DATASET.test_labels[:n]
+    statistics = (DATASET.mean, DATASET.std)
+    plots.plot_attention("", model, images, labels, LONG_NAMES, *statistics, "")
+    logits = torch.eye(3)[(labels + 1) % 3] * 99
+    plots.plot_mistakes("", images, labels, logits, LONG_NAMES, "")
+    for row in (axes[:n], axes[2 * n :][:n][:5]):  # the first row of each picture
+        figure = row[0].figure
+        FigureCanvasAgg(figure).draw()
+        boxes = [axis.title.get_window_extent() for axis in row]
+        assert all(box.width > 0 for box in boxes)
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_the_mistakes_are_the_wrong_answers_the_model_was_surest_of(axes):
