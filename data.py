@@ -1,8 +1,8 @@
 """
 Pixels: from files to uint8 tensors. Knows nothing of models, and nothing of augmentation.
 
-    load        files              -> uint8 images (N, 3, H, W), int64 labels (N,), twice:
-                                      for training and for test
+    load        files              -> uint8 images (N, 3, H, W), int64 labels (N,), in parts:
+                                      for training, for test, perhaps for validation
     split       labels (N,)        -> training and validation indices
     normalize   uint8 (B, 3, H, W) -> float32 (B, 3, H, W)
 
@@ -69,8 +69,9 @@ def load(
     """Read "cifar10", "cifar100" (32x32 only), a "folder" of pictures, or draw "shapes".
 
     download_url is a mirror of CIFAR's tarball; its md5 is checked wherever it comes from. With
-    only_test the training part comes back empty, and a folder needs no train/. Raises ValueError
-    or OSError with a one-line message.
+    only_test the training part comes back empty, and a folder needs no train/; but where a
+    folder's test is set aside from its training pictures, they come back too. Raises ValueError or
+    OSError with a one-line message.
     """
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
@@ -78,6 +79,8 @@ def load(
         if image_size != 32:
             raise ValueError(f"{dataset} has images of 32x32 pixels, image_size is {image_size}")
         classes, parts = load_cifar(dataset, data_dir, download_url)
+        if only_test:
+            del parts["train"]
     elif dataset == "folder":
         classes, parts = load_folder(data_dir, image_size, only_test)
     elif dataset == "shapes":
@@ -88,9 +91,8 @@ def load(
         known = '"cifar10", "cifar100", "folder" or "shapes"'
         raise ValueError(f'dataset must be {known}, got "{dataset}"')
 
-    if only_test:
-        nothing = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
-        parts["train"] = nothing, torch.empty(0, dtype=torch.int64)
+    nothing = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)
+    parts.setdefault("train", (nothing, torch.empty(0, dtype=torch.int64)))
     mean, std = CIFAR_STATISTICS.get(dataset) or channel_statistics(parts["train"][0])
     return Dataset(classes, *parts["train"], *parts["test"], mean, std, *parts.get("val", ()))
 

@@ -167,8 +167,16 @@ def evaluate(
         known, found = ", ".join(classes), ", ".join(dataset.classes)
         raise ValueError(f"the checkpoint knows the classes {known}; the data have {found}")
     images, labels = dataset.test_images, dataset.test_labels
-    if split == "val":  # the same images as in training, or none: others may have been trained on
-        if dataset.fingerprint != checkpoint["fingerprint"]:
+    # Others than in training may have been trained on. (A test part of its own comes alone.)
+    are_others = len(dataset.train_images) and dataset.fingerprint != checkpoint["fingerprint"]
+    if are_others and split == "test":
+        print(
+            "warning: the pictures have changed since: those set aside for the test may be others "
+            "than then, and may have been trained on",
+            file=sys.stderr,
+        )
+    if split == "val":
+        if are_others:
             raise ValueError(
                 "the training images have changed since: which were held out for validation is lost"
             )

@@ -49,6 +49,7 @@ def load_folder(data_dir: str, image_size: int, only_test: bool = False) -> tupl
 
     They lie in data_dir/<class>/, or in data_dir/train/<class>/ and data_dir/test/<class>/, perhaps
     with data_dir/val/<class>/. Where there is no test/, a fifth of every class is set aside for it.
+    only_test reads no other part, but those from which the test was set aside.
     """
     if not os.path.isdir(data_dir):
         raise FileNotFoundError(f"no folder {data_dir}: {EXPECTED}")
@@ -86,8 +87,6 @@ def load_folder(data_dir: str, image_size: int, only_test: bool = False) -> tupl
         counts = ", ".join(f"{n:,} {ending}" for ending, n in passed_over.most_common())
         print(f"passed over in {data_dir}: {counts}", flush=True)
 
-    if only_test:
-        files = {"test": files["test"]}
     classes = list(files["test"])
     for part, images in files.items():
         if different := sorted(set(classes) ^ set(images)):
@@ -96,12 +95,12 @@ def load_folder(data_dir: str, image_size: int, only_test: bool = False) -> tupl
                 f"in only one of them: {', '.join(different)}"
             )
     paths = [path for part in files.values() for name in classes for path in part[name]]
-    images, arrays = decode(paths, data_dir, image_size, is_all=not only_test), {}
+    images, arrays = decode(paths, data_dir, image_size, is_all="train" in files), {}
     for part in files:
         counts = torch.tensor([len(files[part][name]) for name in classes])
         labels = torch.arange(len(classes)).repeat_interleave(counts)
         arrays[part], images = (images[: len(labels)], labels), images[len(labels) :]
-    if not only_test:
+    if "train" in files:
         warn_of_copies(arrays)
     return classes, arrays
 

@@ -289,7 +289,7 @@ def draw_it_all(classes, **network):
         for name, plot in PLOTS.items():
             patch.setattr(plots, name, plot)
         return evaluate.evaluate(
-            make_checkpoint(classes, **network),
+            make_checkpoint(classes, **network) | {"fingerprint": dataset.fingerprint},
             "out",
             device="cpu",
             dataset=dataset,
@@ -397,7 +397,26 @@ def test_the_validation_split_of_changed_pictures_is_refused(plain):
         evaluate.evaluate(best, "out", "val", device="cpu", dataset=changed)
     assert not tree()
     assert evaluate.evaluate(best, "out", "val", device="cpu", dataset=DATASET)["images"] == 20
-    evaluate.evaluate(best, "out", "test", device="cpu", dataset=changed)  # which were not touched
+
+
+def test_test_pictures_that_may_have_been_trained_on_cost_a_warning(plain, capsys):
+    """They are drawn by their names: where a file has another name, the draw is another one. A test
+    part of its own is what it was."""
+    save_pictures("pets")
+    best = checkpoint.load_checkpoint(str(plain / "best.pt"))
+    best["train"] |= {"dataset": "folder", "data_dir": "pets/train"}
+    best["fingerprint"] = data.load("folder", "pets/train", 8).fingerprint
+    torch.save(best, "best.pt")
+
+    def warnings(*flags):
+        assert program("best.pt", "--device", "cpu", "--out", "new", *flags) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if "trained on" in line]
+
+    assert not warnings()
+    path = next(Path("pets/train").glob("*/*.png"))
+    path.rename(path.with_name("renamed.png"))
+    assert len(warnings()) == 1
+    assert not warnings("--data-dir", "pets", "--out", "other")
 
 
 def test_the_validation_split_is_the_datasets_own_where_it_brings_one(plain):

@@ -145,17 +145,23 @@ def test_a_folder_that_brings_only_its_test_part_can_be_evaluated(tmp_path):
     assert str(tmp_path / "train") in refused(tmp_path, FileNotFoundError)
 
 
-@pytest.mark.parametrize("make", [make_folder, lambda root: make_part(root, {"a": 5, "b": 10})])
-def test_the_test_part_alone_is_the_same_as_with_the_rest_and_needs_no_more_decoding(
-    make, tmp_path
-):
-    make(tmp_path)
+def test_the_test_part_alone_is_the_same_as_with_the_rest_and_needs_no_more_decoding(tmp_path):
+    make_folder(tmp_path)
     alone = load_folder(tmp_path, only_test=True)
     assert len(alone.train_images) == 0
     assert len(decoded(tmp_path)) == len(load_folder(tmp_path).train_images)
     whole = load_folder(tmp_path)
     assert torch.equal(alone.test_images, whole.test_images)
     assert torch.equal(alone.test_labels, whole.test_labels)
+
+
+def test_with_a_test_part_that_was_set_aside_come_those_from_which_it_was(tmp_path, capsys):
+    """Whether they are still the same is for evaluate.py to see."""
+    make_part(tmp_path / "train", {"a": 5, "b": 10})
+    make_part(tmp_path / "val", {"a": 1, "b": 1}, seed=1)
+    alone, whole = load_folder(tmp_path, only_test=True), load_folder(tmp_path)
+    assert alone.fingerprint == whole.fingerprint and len(alone.train_images) == 12
+    assert torch.equal(alone.test_images, whole.test_images)
 
 
 def test_a_class_may_be_called_train(tmp_path):
