@@ -782,6 +782,15 @@ def test_a_folder_is_decoded_once_by_whatever_path(tmp_path, monkeypatch):
     assert decoded("animals") == []
 
 
+def test_what_another_decoder_has_kept_is_decoded_again(tmp_path, monkeypatch):
+    """Else training would see the pixels of before it was mended, and --images those of after."""
+    make_folder(tmp_path)
+    load_folder(tmp_path)
+    monkeypatch.setattr(pictures, "DECODER", pictures.DECODER + 1)
+    n = sum(path.suffix == ".png" for path in tmp_path.rglob("*"))
+    assert len(decoded(tmp_path)) == n > 0 and decoded(tmp_path) == []
+
+
 def test_every_image_size_has_a_cache_of_its_own(tmp_path):
     """Going back to 6 pixels after a run at 9 decodes nothing."""
     make_folder(tmp_path)
