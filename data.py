@@ -163,7 +163,7 @@ def draw_shapes(n: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
     S = 2 * image_size  # drawn at twice the size: smooth edges
     axis = (torch.arange(S) + 0.5) / S * 32 - 16
     chunks, labels = [], torch.arange(n) % len(SHAPES)
-    for part in labels.split(1_000):
+    for part in labels.split(max(1, min(1_000, 2**20 // image_size**2))):  # to bound the memory
         m = len(part)
         places = centres[part] + uniform(-1, 1, m, 5, 2) + uniform(-3, 3, m, 1, 2)
         mirrored = torch.rand(m, generator=generator) < 0.5

@@ -40,6 +40,7 @@ from testing import (
     load_folder,
     make_folder,
     noise,
+    peak_memory,
     rng,
     seeds,
     sizes,
@@ -455,6 +456,12 @@ def test_the_training_and_the_test_shapes_share_no_image():
     got = data.load("shapes", "nowhere", 8)
     train, test = ({key(x) for x in images} for images in (got.train_images, got.test_images))
     assert len(train) == 10_000 and len(test) == 2_000 and not train & test
+
+
+def test_large_shapes_are_drawn_a_few_at_a_time():
+    """A thousand of 224 pixels at once would take 5 GB, and a hundred half of one."""
+    (images, _), peak = peak_memory(lambda: data.draw_shapes(100, 224, 0))
+    assert images.shape == (100, 3, 224, 224) and peak < 250
 
 
 def test_a_shape_is_drawn_under_its_own_name_and_the_ten_take_turns():

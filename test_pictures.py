@@ -17,7 +17,6 @@ import time
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -29,7 +28,17 @@ from PIL import EpsImagePlugin, Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 import pictures
-from testing import Payload, key, load_folder, make_folder, make_part, noise, seeds, write_picture
+from testing import (
+    Payload,
+    key,
+    load_folder,
+    make_folder,
+    make_part,
+    noise,
+    peak_memory,
+    seeds,
+    write_picture,
+)
 
 # ---- 1 Folders of pictures: where they lie ----
 
@@ -970,7 +979,6 @@ def test_a_program_without_a_standard_error_decodes_too(tmp_path, monkeypatch):
     assert torch.equal(load_folder(tmp_path).train_images, train)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's peak memory")
 @pytest.mark.parametrize("is_cached", [False, True])
 def test_loading_needs_less_than_twice_the_memory_of_the_images(is_cached, tmp_path):
     """400 images of 256 pixels: 79 MB of uint8."""
@@ -978,13 +986,6 @@ def test_loading_needs_less_than_twice_the_memory_of_the_images(is_cached, tmp_p
         write_picture(tmp_path / ("train", "test")[i % 2] / "ab"[i // 2 % 2] / f"{i}.bmp", image)
     if is_cached:
         load_folder(tmp_path, 256)
-
-    def megabytes(field):
-        (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if field in x]
-        return int(line.split()[1]) / 1000
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = megabytes("VmRSS")
-    got = load_folder(tmp_path, 256)
-    peak, size = megabytes("VmHWM") - before, 400 * 3 * 256 * 256 / 1e6
+    got, peak = peak_memory(lambda: load_folder(tmp_path, 256))
+    size = 400 * 3 * 256 * 256 / 1e6
     assert len(got.train_images) == 200 and peak < 2 * size, f"{peak / size:.2f} times"

@@ -43,6 +43,21 @@ def key(image):
     return image.contiguous().numpy().tobytes()
 
 
+def peak_memory(call):
+    """(what call() returns, by how many megabytes the memory of this process rose meanwhile)."""
+    if not os.path.exists("/proc/self/clear_refs"):
+        pytest.skip("needs Linux's peak memory")
+
+    def megabytes(field):
+        (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if field in x]
+        return int(line.split()[1]) / 1000
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = megabytes("VmRSS")
+    result = call()
+    return result, megabytes("VmHWM") - before
+
+
 def assert_rate(count, n, p):
     """A binomial count within 6 standard deviations: false alarm 2e-9 (used where n p >= 50)."""
     assert abs(count - n * p) < 6 * math.sqrt(n * p * (1 - p)), f"{count} of {n}, expected {n * p}"
