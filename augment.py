@@ -324,7 +324,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
     """All randomness of an epoch follows from (seed, epoch): a resumed run needs no saved streams.
 
     Not from seed + epoch: run 1 would then repeat run 0, an epoch ahead. (Of several processes each
-    has dropout masks of its own: train.py adds the process's number.)
+    has dropout masks of its own: train.py adds a number of its own.)
     """
     return seed * 1_000_003 + epoch
 

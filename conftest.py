@@ -1,4 +1,4 @@
-"""How the tests run: on one thread, with 25 fixed examples a property, each in a folder of its own.
+"""How the tests run: on one thread, with 25 fixed examples a property, in folders of their own.
 
 `pytest -m slow` runs the long versions;
 HYPOTHESIS_PROFILE=search draws 500 random examples instead.

@@ -202,8 +202,9 @@ def channel_statistics(images: Tensor) -> tuple[tuple, tuple]:
 def split(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the training and of the validation images: disjoint, complete, shuffled by seed.
 
-    Stratified: every class gives its share of the val_size images, to within one image, and a class
-    of two images or more keeps one for training. ValueError for a val_size that cannot be met.
+    Stratified: every class gives its share of the val_size images, to within one image. But a class
+    of two images or more keeps one for training, and the only image of a class goes last: where
+    that is not enough, the others give more. ValueError for a val_size that cannot be met.
     """
     n, sizes = len(labels), labels.bincount()
     limit = min(n - 1, n - int((sizes > 1).sum()))

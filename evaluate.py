@@ -65,13 +65,16 @@ def predict(checkpoint: dict, images: Tensor | list[str] | str, device: str = "a
     """Probabilities, float32 (B, K), of uint8 images (B, 3, H, W) or of picture files, or of one.
 
     checkpoint: of load_checkpoint; checkpoint["classes"] names the K columns. ValueError, with the
-    path, for a file that is not a whole picture.
+    path, for a file that is not a whole picture, and for no images at all.
     """
     if isinstance(images, str | os.PathLike):
         images = [images]
     if not isinstance(images, Tensor):
         size = checkpoint["vit"]["image_size"]
-        images = torch.stack([pictures.open_image(path, size) for path in images])
+        images = [pictures.open_image(path, size) for path in images]
+        images = torch.stack(images) if images else torch.empty(0)
+    if not len(images):
+        raise ValueError("no images to classify")
     model = build_model(checkpoint).to(pick_device(device))
     return compute_logits(model, images, checkpoint["mean"], checkpoint["std"]).softmax(1).cpu()
 
@@ -276,6 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     add("--out", type=place, help="folder for metrics and pictures (default: the checkpoint's)")
     args = parser.parse_args(argv)
+    if args.images and (args.out or args.data_dir or args.split != "test"):
+        parser.error("--images only prints: it takes no --split, --data-dir or --out")
     limit_threads()
     path = args.checkpoint
     if os.path.isdir(path):
@@ -285,8 +290,6 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = load_checkpoint(path)
         if args.images:
             paths = pictures.files_in(args.images)
-            if not paths:
-                raise ValueError(f"no pictures in {', '.join(args.images)}")
             return 2 if classify(checkpoint, paths, args.device) else 0
         print(f"{path}, epoch {checkpoint['epoch']}, {args.split} images", flush=True)
         history = []

@@ -250,9 +250,9 @@ def files_in(paths: list[str]) -> list[str]:
     for given in paths:
         for path in [given] if os.path.exists(given) else sorted(glob.glob(given)) or [given]:
             if os.path.isdir(path):
-                locked = []  # to be named as what cannot be read
-                files = walk(path, set(), locked)
-                found += sorted(file for file in files if is_picture(file)) + locked
+                locked = []  # to be named as what cannot be read, like a folder without any
+                files = sorted(file for file in walk(path, set(), locked) if is_picture(file))
+                found += files + locked or [path]
             else:
                 found.append(path)
     return found

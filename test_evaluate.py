@@ -180,6 +180,14 @@ def test_predict_names_the_file_that_is_no_picture(plain):
         evaluate.predict(best, ["no.png"])
 
 
+@pytest.mark.parametrize("images", [[], DATASET.test_images[:0]])
+def test_predict_refuses_nothing(images, plain):
+    """As a pattern that matches no file gives it."""
+    best = checkpoint.load_checkpoint(str(plain / "best.pt"))
+    with pytest.raises(ValueError, match="no images"):
+        evaluate.predict(best, images)
+
+
 # ---- 3 The numbers ----
 
 CASES = [(200, 4, 0), (37, 3, 1), (64, 10, 2), (1, 2, 3)]
@@ -695,7 +703,10 @@ def test_a_bad_picture_costs_its_line_and_not_the_rest(plain, monkeypatch, capsy
         ("best.pt --image a.png", "unrecognized arguments: --image a.png"),
         ("best.pt --images none.png", "none.png"),
         ("best.pt --images broken.png", "broken.png"),
-        ("best.pt --images empty", "no pictures in empty"),
+        ("best.pt --images empty", "cannot read the image empty"),
+        ("best.pt --images a.png --split val", "--images only prints: it takes no --split"),
+        ("best.pt --images a.png --out new", "it takes no --split, --data-dir or --out"),
+        ("best.pt --images a.png --data-dir pets", "it takes no --split, --data-dir or --out"),
         ("best.pt --device cuda", "is not available here"),
         ("best.pt --device gpu", 'unknown device "gpu"'),
         ("best.pt --out file/new", "file"),

@@ -269,6 +269,14 @@ def test_a_pattern_that_the_shell_left_alone_is_what_matches_it(tmp_path):
     assert pictures.files_in([f"{tmp_path}/al*"]) == [f"{tmp_path}/album/d.png"]
 
 
+def test_a_folder_without_a_picture_is_named_itself(tmp_path):
+    """Nobody would see that it is missing among the answers."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.png").touch()
+    names = [str(tmp_path / name) for name in ("empty", "a.png")]
+    assert pictures.files_in(names) == names
+
+
 def test_copies_of_pictures_are_counted_in_every_part(tmp_path, capsys):
     """A network that knows a training image by heart is right on its copies, whatever it learned.
     They are known by their pixels, in any file format and class."""
