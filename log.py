@@ -174,6 +174,18 @@ def say(text: str):
         silence(sys.stdout)
 
 
+def say_at_last(text: str):
+    """Print lines that must be seen, on stderr where nobody reads stdout any more.
+
+    As in `| tee log.txt`, which Ctrl-C ends, too.
+    """
+    try:
+        say(text)
+    except BrokenPipeError:
+        silence(sys.stdout)
+        print(text, file=sys.stderr, flush=True)
+
+
 # Windows has no SIGHUP
 SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 

@@ -19,6 +19,7 @@ Two habits make the sentences bite:
 import ast
 import contextlib
 import copy
+import errno
 import itertools
 import json
 import math
@@ -1390,9 +1391,26 @@ def test_a_signal_that_is_swallowed_does_not_make_the_run_unstoppable(monkeypatc
     assert swallowed == [log.Stopped]
 
 
-def test_no_signal_interrupts_the_farewell(monkeypatch, capsys):
-    """However late it comes: the two lines are said, and the exit code is the first signal's."""
-    on_call(monkeypatch, optim, "train_step", 8, lambda *_: signal.raise_signal(signal.SIGINT))
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (None, 130),
+        (train.Diverged("epoch 2: the loss is nan"), 1),
+        (OSError(errno.ENOSPC, "No space left on device"), 2),
+        (MemoryError(), 2),
+        (RuntimeError("Connection closed by peer"), None),
+    ],
+)
+def test_no_signal_interrupts_the_farewell(error, code, monkeypatch, capsys):
+    """However late it comes, as torchrun's when another process has failed: what is on the disk is
+    said, and the exit code is that of what came first."""
+
+    def end(*_):
+        if error is None:
+            signal.raise_signal(signal.SIGINT)
+        raise error
+
+    on_call(monkeypatch, optim, "train_step", 8, end)
     clock, real = Clock(monkeypatch), checkpoint.saved_in
 
     def saved_in(out):
@@ -1401,8 +1419,31 @@ def test_no_signal_interrupts_the_farewell(monkeypatch, capsys):
         return real(out)
 
     monkeypatch.setattr(checkpoint, "saved_in", saved_in)
-    assert run() == 130
-    assert "continue with: " in capsys.readouterr().out.splitlines()[-1]
+    try:
+        assert run() == code
+        told = "".join(capsys.readouterr())
+    except RuntimeError as caught:
+        assert code is None
+        [told] = caught.__notes__
+    assert "out/last.pt holds epoch 1 of 2" in told
+    assert "continue with: " in told or isinstance(error, MemoryError)
+
+
+def test_two_lines_are_said_where_ctrl_c_has_ended_the_reader_too(monkeypatch, capsys):
+    """As in `python train.py | tee log.txt`. A terminal still shows what comes on stderr."""
+    reader, writer = os.pipe()
+
+    def end(*_):
+        os.close(reader)
+        signal.raise_signal(signal.SIGINT)
+
+    on_call(monkeypatch, optim, "train_step", 8, end)
+    with open(writer, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        assert run() == 130
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "stopped by SIGINT: out/last.pt holds epoch 1 of 2"
+    assert main(*continuing(second)) == 0
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # between open, with

@@ -404,8 +404,14 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK") or 0) if world > 1 else 0
     out, lock_file, parser = TrainConfig.out, None, recipe.make_parser()
 
+    def on_disk() -> str:
+        """What is on the disk, for the last lines: from here on no signal may cut them off."""
+        for number in old_handlers:
+            signal.signal(number, signal.SIG_IGN)
+        return checkpoint.saved_in(out)
+
     def going_on() -> str:
-        return f"{checkpoint.saved_in(out)}; continue with: {log.command(argv, world)}"
+        return f"{on_disk()}; continue with: {log.command(argv, world)}"
 
     def fail(code: int, text: object, alone: bool = False):
         """alone: it may have happened to this process only, and rank 0 does not know."""
@@ -438,18 +444,16 @@ def main(argv: list[str] | None = None) -> int:
                 pass
         return 0
     except log.Stopped as stopped:
-        for number in old_handlers:
-            signal.signal(number, signal.SIG_IGN)  # no second one may cut off these two lines
-        [number] = stopped.args
+        [number], holds = stopped.args, on_disk()
         if rank == 0:
-            log.say(f"stopped by {signal.Signals(number).name}: {checkpoint.saved_in(out)}")
-            log.say(f"continue with: {log.command(argv, world)}")
+            told = f"stopped by {signal.Signals(number).name}: {holds}"
+            log.say_at_last(f"{told}\ncontinue with: {log.command(argv, world)}")
         return 128 + number
     except Diverged as error:
         text, *flags = error.args
         hint = f"{' '.join(flags) or 'A lower --lr or --grad-clip 1'} may help"
         rescue = log.command(argv, world, *(flags or ("--grad-clip", "1", "--lr", "LOWER")))
-        fail(1, f"{text}. {hint}. {checkpoint.saved_in(out)}; continue with: {rescue}")
+        fail(1, f"{text}. {hint}. {on_disk()}; continue with: {rescue}")
     except BrokenPipeError:
         raise
     except OSError as error:  # a full disk, a folder that is gone
@@ -459,7 +463,7 @@ def main(argv: list[str] | None = None) -> int:
             error.add_note(going_on())  # below the traceback: the run is not lost
             raise
         hint = "a smaller --batch-size, --image-size or network (in a new --out) needs less"
-        fail(2, f"out of memory: {hint}. {checkpoint.saved_in(out)}", alone=True)
+        fail(2, f"out of memory: {hint}. {on_disk()}", alone=True)
     finally:
         if lock_file is not None:
             os.close(lock_file)
