@@ -1765,11 +1765,17 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(joined, monkeypatch,
 
 
 def test_of_several_processes_one_says_what_is_wrong(monkeypatch, capsys):
+    """The others wait: when one leaves, torchrun ends the first too, which may still import."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         assert run("--epochs", 0) == 2
         assert len(capsys.readouterr().err.splitlines()) == lines
+    assert len(waited) == 1 and waited[0] >= 5
+    monkeypatch.setattr(time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
+    assert run("--epochs", 0) == 143 and not "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("error", [OSError("its disk is full"), MemoryError()])
@@ -1798,6 +1804,7 @@ def test_of_several_processes_one_whose_disk_lacks_the_data_says_so(monkeypatch,
 
     monkeypatch.setattr(train, "prepare", prepare)
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(time, "sleep", None)  # not called: nobody else has anything to say
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, told in (("0", "error: no folder pets"), ("1", "error: rank 1: no folder pets")):
         monkeypatch.setenv("RANK", rank)

@@ -434,7 +434,11 @@ def main(argv: list[str] | None = None) -> int:
         except BrokenPipeError:  # as in `| head`: see log.run_program
             raise
         except (ValueError, OSError) as error:  # what was typed is the same for all, a disk is not
-            fail(2, error, alone=rank > 0 and dist.is_initialized())
+            alone = rank > 0 and dist.is_initialized()
+            if rank > 0 and not alone:
+                # When one process leaves, torchrun ends the others: rank 0 shall say why before.
+                time.sleep(10)
+            fail(2, error, alone)
         train(run, began, argv)
         if world > 1:
             try:
