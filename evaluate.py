@@ -251,7 +251,7 @@ def classify(checkpoint: dict, paths: list[str], device: str = "auto") -> int:
         try:
             images[path] = pictures.open_image(path, size)
         except (ValueError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"error: {log.one_line(error)}", file=sys.stderr, flush=True)
             failed += 1
     if images:
         probabilities = predict(checkpoint, torch.stack(list(images.values())), device)
@@ -308,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # as in `| head`: see log.run_program
         raise
     except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(log.one_line(error))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -159,6 +159,11 @@ def quote(words: list[str]) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
+def one_line(error: object) -> str:
+    """A message of several lines as one; spaces in a path stay as they are."""
+    return " ".join(map(str.strip, str(error).splitlines()))
+
+
 def silence(stream):
     """Let what is still to be written to it go nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

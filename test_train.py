@@ -1726,6 +1726,12 @@ def test_bad_input_is_one_line_and_exit_code_two(flags, monkeypatch, capsys):
     assert {name: x for name, x in tree().items() if ".cache-" not in name} == before
 
 
+def test_two_spaces_in_a_path_stay_two(capsys):
+    """A path or a command that is not what it was leads elsewhere."""
+    assert run(out="my  run") == 0 and run(out="my  run") == 2
+    assert "error: my  run already holds a run" in capsys.readouterr().err
+
+
 def test_an_error_of_many_lines_is_one_line(monkeypatch, capsys):
     def load(*_):
         raise OSError("two\n  lines")

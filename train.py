@@ -416,7 +416,7 @@ def main(argv: list[str] | None = None) -> int:
     def fail(code: int, text: object, alone: bool = False):
         """alone: it may have happened to this process only, and rank 0 does not know."""
         who = f"rank {rank}: " if alone and world > 1 else ""
-        line = f"error: {who}{' '.join(str(text).split())}\n"
+        line = f"error: {who}{log.one_line(text)}\n"
         parser.exit(code, line if alone or rank == 0 else None)
 
     old_handlers = log.listen_to_signals()
