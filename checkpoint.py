@@ -84,8 +84,8 @@ def load_checkpoint(path: str) -> dict:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except OSError as error:  # not of the file: of its disk, or of who may read it
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # zipfile and torch.load raise half a dozen types for broken files
         raise ValueError(
             f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})"
@@ -119,6 +119,8 @@ def check_out(out: str, resume: bool) -> dict | None:
 
     ValueError where a run would be lost or could not be kept.
     """
+    if not out:  # as --out=$FOLDER is, where that is not set
+        raise ValueError("the output folder has no name")
     parent = os.path.abspath(out)
     while not os.path.lexists(parent) and parent != os.path.dirname(parent):
         parent = os.path.dirname(parent)

@@ -438,6 +438,19 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(plain, public):
     assert text == f"cannot read {public}/last.pt: Permission denied"
 
 
+def test_a_disk_that_fails_is_not_called_a_damaged_file(plain, monkeypatch):
+    """It may be back in a minute, and a damaged file would be deleted."""
+    away = OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", mock.Mock(side_effect=away))
+    text = refusal(load_checkpoint, str(plain / "last.pt"))
+    assert text == f"cannot read {plain}/last.pt: Transport endpoint is not connected"
+
+
+def test_an_output_folder_without_a_name_is_refused():
+    """As --out=$FOLDER is, where that is not set."""
+    assert refusal(check_out, "", False) == "the output folder has no name"
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_without_a_run_is_a_fresh_start(resume):
     """So one command both starts and continues. Looking makes no folder."""

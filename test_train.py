@@ -1098,7 +1098,7 @@ def test_resume_refuses_data_that_are_not_those_of_the_run(changed, begun, monke
     monkeypatch.setattr(data, "load", lambda *_: changed)
     assert run("--resume") == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert "are not those the run in out was trained on" in line
+    assert "the shapes that this machine draws are not those the run in out was trained on" in line
     assert tree() == before
 
 

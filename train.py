@@ -255,12 +255,13 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
 def restore(run: Run, last: dict):
     """Put a run where its checkpoint left it. ValueError if that does not fit the data."""
     dataset, config = run.dataset, run.config
+    where = f"the images of {config.data_dir}"
+    if config.dataset == "shapes":
+        where = "the shapes that this machine draws"
     data_now = (list(dataset.classes), dataset.mean, dataset.std, run.fingerprint)
     data_then = tuple(last[key] for key in ("classes", "mean", "std", "fingerprint"))
     if data_now != data_then:
-        raise ValueError(
-            f"the images of {config.data_dir} are not those the run in {config.out} was trained on"
-        )
+        raise ValueError(f"{where} are not those the run in {config.out} was trained on")
     try:
         run.state.load_state_dict(last)
         run.epoch, run.best, run.history = (last[key] for key in ("epoch", "best", "history"))
