@@ -375,6 +375,7 @@ def main(argv: list[str] | None = None) -> int:
         device = machine.pick_device(args.device)
         if args.batch_size is not None and args.batch_size < 4:
             raise ValueError(f"batch_size must be at least 4, got {args.batch_size}")
+        compiling = machine.should_compile(args.compile or None, device)
     except ValueError as error:
         parser.error(str(error))
     machine.limit_threads()
@@ -386,7 +387,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"  {'':<58}{'median':>9} {'':<10}{'fastest .. slowest':>18}{'ratio':>8}")
     bench_pipeline()
     half = machine.pick_dtype("bfloat16", device)
-    bench_models(batch, device, half, compiling=args.compile or device.type == "cuda")
+    bench_models(batch, device, half, compiling)
     bench_epoch(batch, device, half)
     bench_scaling(batch, device, dtype)
     bench_overhead(device)
