@@ -385,13 +385,18 @@ def main(argv: list[str] | None = None) -> int:
     hardware = f"{facts['device']}, {torch.get_num_threads()} CPU threads"
     print(f"{hardware}, torch {facts['torch']}, commit {facts['commit']}")
     print(f"  {'':<58}{'median':>9} {'':<10}{'fastest .. slowest':>18}{'ratio':>8}")
-    bench_pipeline()
     half = machine.pick_dtype("bfloat16", device)
-    bench_models(batch, device, half, compiling)
-    bench_epoch(batch, device, half)
-    bench_scaling(batch, device, dtype)
-    bench_overhead(device)
-    bench_laptop(device, half)
+    try:
+        bench_pipeline()
+        bench_models(batch, device, half, compiling)
+        bench_epoch(batch, device, half)
+        bench_scaling(batch, device, dtype)
+        bench_overhead(device)
+        bench_laptop(device, half)
+    except (RuntimeError, MemoryError) as error:
+        if not machine.is_out_of_memory(error):
+            raise
+        parser.error("out of memory: a smaller --batch-size needs less")
     return 0
 
 
