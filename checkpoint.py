@@ -10,6 +10,7 @@ Plain data only, so reading one never runs code that hides in a file.
 
 import io
 import os
+import tempfile
 import time
 import zipfile
 
@@ -124,11 +125,14 @@ def check_out(out: str, resume: bool) -> dict | None:
     parent = os.path.abspath(out)
     while not os.path.lexists(parent) and parent != os.path.dirname(parent):
         parent = os.path.dirname(parent)
-    if not (os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK)):
+    try:  # os.access() would ask and not try, and is told wrongly by some network drives
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError:
         raise ValueError(
             f"cannot write to the output folder {out}: "
             f"{parent} is not a folder that can be written to"
-        )
+        ) from None
     names = ("last.pt", "best.pt", "metrics.json", "log.csv")
     found = [name for name in names if os.path.exists(os.path.join(out, name))]
     if found and not resume:

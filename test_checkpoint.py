@@ -536,6 +536,12 @@ def test_a_folder_that_may_not_be_written_to_is_refused_at_once(out, mode, publi
         assert check_out(str(public / out), False) is None
 
 
+def test_a_folder_that_can_be_written_to_is_no_matter_of_what_the_system_says(monkeypatch):
+    """Some network drives answer no for everybody, and let all write."""
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    assert check_out("out", False) is None and not tree()
+
+
 def test_what_is_saved_is_read_from_the_disk(plain):
     """Whatever the process believes: nothing, something, something that cannot be read."""
     assert saved_in("out") == "no epoch is saved in out"

@@ -35,11 +35,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -1757,7 +1759,8 @@ def test_a_reader_that_has_had_enough_ends_the_run_without_a_word(name, monkeypa
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_epoch(monkeypatch, capsys):
     """Not after it, when it is lost. (The tests may run as root, who can write anywhere.)"""
     os.makedirs("out")
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK | os.X_OK)
+    refusal = OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr(tempfile, "TemporaryFile", mock.Mock(side_effect=refusal))
     assert run() == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "cannot write to the output folder out" in line and tree() == {"out": None}
