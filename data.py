@@ -14,8 +14,10 @@ Axes:  N images (tokens in vit.py)   B batch   C = 3 channels   H, W image heigh
        K classes
 """
 
+import contextlib
 import hashlib
 import os
+import socket
 from dataclasses import dataclass
 
 import torch
@@ -107,8 +109,11 @@ def load_cifar(dataset: str, data_dir: str, download_url: str | None = None) -> 
         url = download_url or official.url
 
     is_new = not os.path.exists(data_dir)
-    try:  # download=True also unpacks a tarball that is already there, without touching the network
-        train, test = (Source(data_dir, train=train, download=True) for train in (True, False))
+    try:
+        os.makedirs(data_dir, exist_ok=True)
+        with one_at_a_time(data_dir), patience(60):
+            # download=True also unpacks a tarball that is there, without touching the network
+            train, test = (Source(data_dir, train=train, download=True) for train in (True, False))
     except Exception as error:  # network, server and md5 check each raise types of their own
         if is_new and os.path.isdir(data_dir) and not os.listdir(data_dir):
             os.rmdir(data_dir)  # nothing came: leave no trace
@@ -122,6 +127,33 @@ def load_cifar(dataset: str, data_dir: str, download_url: str | None = None) -> 
         images = torch.from_numpy(part.data).permute(0, 3, 1, 2)  # (N, H, W, 3) -> (N, 3, H, W)
         parts[name] = images.contiguous(), torch.tensor(part.targets)
     return train.classes, parts
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: str):
+    """Runs that were started together wait here for the one that downloads and unpacks.
+
+    Where there are no such locks (Windows, some network drives) they do not wait.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            file = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, file)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def patience(seconds: float):
+    """A server that sends nothing for so long is an OSError: urllib would wait forever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 # --- drawings -------------------------------------------------------------------------------------

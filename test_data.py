@@ -18,8 +18,11 @@ import os
 import pickle
 import socket
 import tarfile
+import threading
+import time
 import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from http.client import BadStatusLine
 from pathlib import Path
 from unittest import mock
@@ -191,6 +194,54 @@ def test_a_server_that_answers_nonsense_is_the_same_one_line_error(tmp_path, mon
     monkeypatch.setattr(urllib.request, "urlopen", nonsense)
     with pytest.raises(OSError, match="--preset demo"):
         data.load("cifar10", str(tmp_path), 32)
+
+
+@pytest.mark.parametrize("folder", [".", "new"])
+def test_runs_that_start_together_unpack_a_tarball_once(folder, tmp_path, monkeypatch):
+    """As four seeds on four GPUs: one would read what another is just writing. The tarball lies in
+    the folder, or comes from the network."""
+    _, images, *_ = make_cifar("cifar10", tmp_path, monkeypatch)
+    mirror = Mirror((tmp_path / "cifar-10-python.tar.gz").read_bytes())
+    monkeypatch.setattr(urllib.request, "urlopen", mirror)
+    unpacked, real = [], tarfile.TarFile.extractall
+
+    def slowly(*args, **kwargs):
+        unpacked.append(1)
+        time.sleep(0.3)
+        real(*args, **kwargs)
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: data.load("cifar10", str(tmp_path / folder), 32), range(3)))
+    assert len(unpacked) == 1 and all(torch.equal(got.train_images, images) for got in found)
+
+
+def test_a_server_that_falls_silent_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    """It sends half of the file and no more, over a real connection."""
+    real, asked = socket.setdefaulttimeout, []
+
+    def soon(seconds):
+        asked.append(seconds)
+        real(seconds and 0.2)
+
+    monkeypatch.setattr(socket, "setdefaulttimeout", soon)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            connection, _ = server.accept()
+            connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
+            released.wait(5)
+            connection.close()
+            server.close()
+
+        released, thread = threading.Event(), threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/c.tar.gz"
+        with pytest.raises(OSError, match=r"cannot get cifar10 \(timed out\)"):
+            data.load("cifar10", str(tmp_path / "new"), 32, download_url=url)
+        released.set()
+        thread.join()
+    assert asked == [60, None] and socket.getdefaulttimeout() is None
 
 
 def test_a_download_that_fails_leaves_no_folder_behind(tmp_path, monkeypatch):
