@@ -178,15 +178,25 @@ def limit_threads():
         torch.set_num_threads(max(1, int(quota)))
 
 
-def cpu_quota(folder: str = "/sys/fs/cgroup") -> float:
-    """How many cores' time Linux grants to this container; inf where there is no such limit."""
-    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroups v2, v1
-        with contextlib.suppress(OSError, ValueError):  # it is not there; it says "max"
-            words = " ".join(Path(folder, name).read_text() for name in names).split()
-            quota, period = map(float, words)
-            if quota > 0:  # -1 is v1's word for no limit
-                return quota / period
-    return math.inf
+def cpu_quota(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> float:
+    """How many cores' time Linux grants to this process; inf where there is no limit.
+
+    A container sees its limit at the root. A service of systemd, as a notebook of JupyterHub, has
+    it in its group or in one above.
+    """
+    group = ""
+    with contextlib.suppress(OSError):
+        found = re.search("^0::/(.*)", Path(own).read_text(), re.MULTILINE)
+        group = found[1] if found else ""
+    quotas = [math.inf]
+    for folder in (Path(root, group), *Path(root, group).parents):
+        for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # v2, v1
+            with contextlib.suppress(OSError, ValueError):  # it is not there; it says "max"
+                words = " ".join((folder / name).read_text() for name in names).split()
+                quota, period = map(float, words)
+                if quota > 0:  # -1 is v1's word for no limit
+                    quotas.append(quota / period)
+    return min(quotas)
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:

@@ -280,6 +280,25 @@ def test_the_time_that_a_container_has_is_read_as_linux_writes_it(files, quota, 
     assert machine.cpu_quota(str(tmp_path)) == quota
 
 
+@pytest.mark.parametrize(
+    "limits, quota",
+    [
+        ({"user.slice/one.service": 2}, 2.0),
+        ({"user.slice": 3, "user.slice/one.service": 8}, 3.0),
+        ({"user.slice": 8, "user.slice/one.service": 3}, 3.0),
+        ({"user.slice/two.service": 1}, math.inf),
+    ],
+)
+def test_the_time_that_a_service_has_is_the_least_of_its_groups(limits, quota, tmp_path):
+    """As systemd's CPUQuota= grants it, which JupyterHub uses. A neighbour's is no matter."""
+    for folder, cores in limits.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "cpu.max").write_text(f"{cores * 100_000} 100000\n")
+    own = tmp_path / "own"
+    own.write_text("1:name=systemd:/elsewhere\n0::/user.slice/one.service\n")
+    assert machine.cpu_quota(str(tmp_path), str(own)) == quota
+
+
 @pytest.fixture
 def threads(monkeypatch):
     """Counts the threads after a call, of the eight there were before, with that quota."""
