@@ -127,7 +127,7 @@ def test_the_memory_of_a_call_is_bounded_whatever_the_network(network):
 
 
 def test_images_come_in_equal_parts():
-    """A block is compiled anew for every size, eight times at most, then no more."""
+    """A block is compiled anew for every size."""
     images = torch.zeros(10_000, 3, 1, 1, dtype=torch.uint8)
     for n, size in ((10_000, 625), (5_000, 625), (2_000, 500), (1_000, 500)):
         model = Recorder()

@@ -15,6 +15,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
@@ -240,6 +241,28 @@ def test_compiling_compiles_the_blocks_and_leaves_no_trace_in_the_names(monkeypa
     assert difference(flat(state.state_dict()), flat(plain.state_dict())) is None
     compiled.clear()
     assert build(TrainConfig(), compiled=True).ema is None and len(compiled) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler hides its own, but not from an error
+@torch.no_grad()
+def test_more_than_eight_sizes_of_batches_are_compiled(monkeypatch):
+    """The compiler's own limit: the blocks of one network share its variants, and own pictures may
+    come in nine sizes. A stand-in counts what it is given to compile."""
+    compiled, real = [], nn.Module.compile
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda *args, **more: real(*args, backend=count, **more)
+    )
+    torch._dynamo.reset()
+    model = build(TrainConfig(), compiled=True).model.eval()
+    for n in range(2, 12):
+        model(torch.zeros(n, 3, 8, 8))
+    assert len(compiled) == 10
 
 
 @pytest.mark.slow
