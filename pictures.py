@@ -437,7 +437,8 @@ def open_image(path: str, image_size: int) -> Tensor:
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
     except Exception as error:  # PIL raises half a dozen types for broken files
-        raise ValueError(f"cannot read the image {path}: {error}") from None
+        reason = str(error) or type(error).__name__  # a MemoryError has no words
+        raise ValueError(f"cannot read the image {path}: {reason}") from None
     side = min(w, h)
     box = ((w - side) / 2, (h - side) / 2, (w + side) / 2, (h + side) / 2)
     image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box)

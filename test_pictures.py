@@ -604,6 +604,14 @@ def test_a_png_with_two_megabytes_of_compressed_text_is_a_picture(tmp_path):
     assert np.array_equal(got, [GREY] * 3)
 
 
+def test_an_error_without_words_is_named(tmp_path, monkeypatch):
+    """Pillow's MemoryError has none: a good picture would seem to be a bad one."""
+    monkeypatch.setattr(Image, "open", mock.Mock(side_effect=MemoryError()))
+    (tmp_path / "a.png").touch()
+    with pytest.raises(ValueError, match="a.png: MemoryError"):
+        pictures.open_image(str(tmp_path / "a.png"), 6)
+
+
 def test_a_very_large_picture_is_a_picture_up_to_a_bound(tmp_path):
     """182 megapixels, where Pillow warns at 89 and refuses at 179. Four gigapixels would need 16 GB
     of memory, and stand in a file of a few bytes."""
