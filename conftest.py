@@ -38,6 +38,8 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
     # torchvision's way of unpacking a tarball, on Python 3.12 and 3.13
     config.addinivalue_line("filterwarnings", "ignore:Python 3.14 will:DeprecationWarning")
+    # Matplotlib before 3.10.7 calls pyparsing by its old names
+    config.addinivalue_line("filterwarnings", "ignore:.*deprecated - use:DeprecationWarning")
     config.option.markexpr = config.option.markexpr or "not slow"
 
 
