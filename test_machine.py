@@ -299,6 +299,19 @@ def test_the_time_that_a_service_has_is_the_least_of_its_groups(limits, quota, t
     assert machine.cpu_quota(str(tmp_path), str(own)) == quota
 
 
+def test_the_time_that_a_process_has_is_read_where_linux_keeps_it(monkeypatch):
+    read = []
+
+    def read_text(path):
+        read.append(str(path))
+        raise OSError
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert machine.cpu_quota() == math.inf
+    names = ("cpu.max", "cpu/cpu.cfs_quota_us")
+    assert {"/proc/self/cgroup", *(f"/sys/fs/cgroup/{name}" for name in names)} <= set(read)
+
+
 @pytest.fixture
 def threads(monkeypatch):
     """Counts the threads after a call, of the eight there were before, with that quota."""
@@ -333,6 +346,16 @@ def test_processes_share_a_batch_on_cpus_and_on_cudas_gpus_only(monkeypatch):
     for kind in ("mps", "xpu"):
         assert f"not {kind}" in refusal(machine.join_processes, torch.device(kind), 2)
     assert machine.join_processes(CPU, 2) == CPU
+
+
+def test_processes_wait_for_the_first_for_an_hour_at_least(monkeypatch):
+    """It downloads and decodes for all, and evaluates alone: by default gloo would wait for 30
+    minutes, and NCCL for 10."""
+    waits = []
+    init = lambda *_, timeout, **__: waits.append(timeout)  # noqa: E731
+    monkeypatch.setattr(machine.dist, "init_process_group", init)
+    machine.join_processes(CPU, 2)
+    assert waits[0].total_seconds() >= 3600
 
 
 @pytest.mark.parametrize("rank_0", [False, True])
@@ -380,37 +403,47 @@ def test_pythons_own_memory_is_memory():
 
 
 class Slow(TorchDispatchMode):
-    """A machine whose matrix products take these seconds in turn, and nothing else takes any."""
+    """A machine whose matrix products take these seconds in turn, and nothing else takes any. As on
+    a GPU, they are waited for where a number is read."""
 
     def __init__(self, *seconds):
         super().__init__()
-        self.now, self.products, self.seconds = 0.0, [], itertools.cycle(seconds)
+        self.now, self.owed, self.products = 0.0, 0.0, []
+        self.seconds = itertools.cycle(seconds)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "_local_scalar_dense":
+            self.now, self.owed = self.now + self.owed, 0.0
         if func.overloadpacket.__name__ != "mm":
             return func(*args, **(kwargs or {}))
         (n, k), m = args[0].shape, args[1].shape[1]
-        self.products.append((2 * n * k * m, args[0].dtype))
-        self.now += next(self.seconds)
-        return args[0].new_zeros(n, m)
+        self.products.append((2 * n * k * m, args[0].dtype, args[0].device.type))
+        self.owed += next(self.seconds)
+        return torch.zeros(n, m, dtype=args[0].dtype)
 
     def perf_counter(self):
         return self.now
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_peak_is_the_work_of_a_large_product_over_its_time_when_it_was_fastest(
-    dtype, monkeypatch
+    dtype, device, monkeypatch
 ):
-    """The first one warms up, others are disturbed. 2 n^3 operations, in the dtype of the run;
-    fewer where a CPU only emulates it."""
+    """The first one warms up, others are disturbed. 2 n^3 operations, in the dtype of the run and
+    on its device; fewer where a CPU only emulates it, and many more on an accelerator (for which
+    torch's meta device stands), which does 10^12 in a few milliseconds."""
     slow = Slow(4.0, 3.0, 2.0, 5.0)
     monkeypatch.setattr(machine, "time", slow)
     with slow:
-        peak = MEASURE_PEAK(torch.device("cpu"), dtype)
-    works, dtypes = map(set, zip(*slow.products))
-    assert dtypes == {dtype} and len(works) == 1 and peak == works.pop() / 2.0
-    assert peak < 1e8 if dtype == torch.float16 else peak > 1e9
+        peak = MEASURE_PEAK(torch.device(device), dtype)
+    works, dtypes, devices = map(set, zip(*slow.products))
+    assert dtypes == {dtype} and devices == {device} and len(works) == 1
+    assert peak == max(works) / 2.0
+    if device == "meta":
+        assert max(works) > 1e12
+    else:
+        assert peak < 1e8 if dtype == torch.float16 else peak > 1e9
 
 
 # ---- Where the numbers come from ----
@@ -443,12 +476,14 @@ def copy_files(folder):
         shutil.copy(HERE / name, folder)
 
 
-def test_the_facts_are_text_that_a_checkpoint_may_hold():
+def test_the_facts_are_text_that_a_checkpoint_may_hold(monkeypatch):
     """Commit, software, hardware. weights_only=True refuses torch.__version__ itself."""
     facts = VERSIONS(torch.device("cpu"))
     assert facts["torch"] == str(torch.__version__) and type(facts["torch"]) is str
     assert facts["python"] == sys.version.split()[0] and facts["device"].startswith("cpu (")
     assert re.fullmatch("unknown|[0-9a-f]{12}(-dirty)?", facts["commit"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"H100 of {device}")
+    assert VERSIONS(torch.device("cuda:1"))["device"] == "H100 of cuda:1"
     save_checkpoint(facts, "a.pt")
     assert flat(torch.load("a.pt", weights_only=True)) == flat(facts)
 

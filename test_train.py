@@ -217,6 +217,17 @@ def test_the_throughput_counts_the_augmentation(monkeypatch):
     assert [float(row["images_per_second"]) for row in read_csv()] == [0.4, 0.4]
 
 
+def test_the_throughput_is_that_of_all_processes_together(monkeypatch):
+    """An epoch of 40 images in 10 s by a false clock; and MFU is of the peak of all."""
+    monkeypatch.setattr(train.dist, "all_reduce", lambda _: None)
+    now = itertools.count(0, 10)
+    false = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: next(now))
+    monkeypatch.setattr(train, "time", false)
+    rows = [train.train_epoch(replace(prepare(), world=world, peak=1e12), 1) for world in (1, 4)]
+    assert [row["images_per_second"] for row in rows] == [4.0, 4.0]
+    assert rows[0]["mfu"] == rows[1]["mfu"] > 0
+
+
 def test_overflowing_gradients_alone_do_not_stop_a_float16_run(monkeypatch):
     """They are skipped and counted; the log's gradient norm is of the steps that were taken."""
     poison(monkeypatch, steps=(1, 4))
@@ -424,6 +435,13 @@ def test_deterministic_asks_torch_for_it_and_only_then(monkeypatch):
     assert seen == [(False, None), (True, ":4096:8")]
 
 
+@pytest.mark.parametrize("batch_size", [8, 9])  # 40 images: five batches, or four and a rest
+def test_the_rate_reaches_its_floor_in_the_last_step_of_the_run(batch_size):
+    """1 / 250,000 of the peak. Were the schedule longer than the run, it would end too high."""
+    assert run("--batch-size", batch_size, "--lr", 0.01) == 0
+    assert float(read_csv()[-1]["lr"]) == pytest.approx(0.01 / 25 / 1e4)
+
+
 # ---- 3 A run that diverges ----
 
 
@@ -475,26 +493,31 @@ def nan_weight(monkeypatch):
 
     def step(state, *_):
         with torch.no_grad():
-            state.model.head.bias[0] = math.nan
+            state.model.pos_embed[0, 0, 0] = math.nan
         return torch.tensor(1.0), torch.tensor(1.0)
 
     on_call(monkeypatch, optim, "train_step", 10, step)
 
 
-def nan_validation(monkeypatch):
+def nan_validation(monkeypatch, found=math.nan):
     """The weights are finite, and what they compute in the second epoch is not."""
     real = train.validate
 
     def validate(run, model, part):
         loss, accuracy = real(run, model, part)
         is_second = run.epoch == 1 and part is run.val_set
-        return (math.nan if is_second else loss), accuracy
+        return (found if is_second else loss), accuracy
 
     monkeypatch.setattr(train, "validate", validate)
 
 
+def inf_validation(monkeypatch):
+    nan_validation(monkeypatch, math.inf)
+
+
 @pytest.mark.parametrize(
-    "fault, eval_every", [(nan_weight, 3), (nan_weight, 1), (nan_validation, 1)]
+    "fault, eval_every",
+    [(nan_weight, 3), (nan_weight, 1), (nan_validation, 1), (inf_validation, 1)],
 )
 def test_neither_nan_weights_nor_a_nan_validation_loss_reach_the_disk(
     fault, eval_every, monkeypatch, capsys
@@ -505,7 +528,7 @@ def test_neither_nan_weights_nor_a_nan_validation_loss_reach_the_disk(
         fault(patch)
         assert run(*flags) == 1
     [line] = capsys.readouterr().err.splitlines()
-    assert "epoch 2" in line and "nan" in line and "holds epoch 1 of 3" in line
+    assert re.search("epoch 2: .* is (nan|inf)", line) and "holds epoch 1 of 3" in line
     last = saved()
     tensors = [x for x in flat(last).values() if torch.is_tensor(x) and x.is_floating_point()]
     assert last["epoch"] == len(read_csv()) == 1 and all(x.isfinite().all() for x in tensors)
@@ -712,6 +735,26 @@ def test_without_an_accelerator_the_full_recipe_stops_at_once(monkeypatch, capsy
     )
     assert "3.0e+16" in line  # 300 epochs x 45,000 images x 3 passes x 730 MFLOP
     assert not tree()
+
+
+def test_without_an_accelerator_hours_of_any_data_are_refused_once_they_are_counted(
+    monkeypatch, capsys
+):
+    """Of CIFAR alone the number is known before."""
+    pretend(monkeypatch, None)
+    monkeypatch.setattr(train, "train", kill)
+    assert run("--device", "auto", "--epochs", 10**9) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "1000000000 epochs of 40 images" in line and not tree()
+
+
+def test_the_train_accuracy_is_of_no_more_than_2000_images(monkeypatch):
+    """All of them would take as long as a third of the epoch itself."""
+    sizes, real = [], train.validate
+    monkeypatch.setattr(data, "load", lambda *_, **__: make_dataset(n=2_100))
+    monkeypatch.setattr(train, "validate", lambda r, m, p: sizes.append(len(p[0])) or real(r, m, p))
+    assert run("--batch-size", 1_000, "--epochs", 1) == 0
+    assert sizes == [20, 20, 2_000]
 
 
 @pytest.fixture
@@ -1328,6 +1371,31 @@ def test_max_minutes_counts_the_saves_too(monkeypatch):
     clock.takes("save", 6)
     assert run("--epochs", 8, "--max-minutes", 1) == 0
     assert clock.now == 1000 + 48 and saved()["epoch"] == 3
+
+
+def test_max_minutes_counts_the_validation_and_what_comes_before_the_first_epoch(monkeypatch):
+    """18 s of decoding, and epochs of 10 + 5 s: after two of them, at 48 s, a third would not fit
+    into the minute."""
+    clock = Clock(monkeypatch)
+    for name, seconds in (("prepare", 18), ("train_epoch", 10), ("validate_epoch", 5)):
+        clock.takes(name, seconds)
+    assert run("--epochs", 8, "--max-minutes", 1) == 0
+    assert [row["seconds"] for row in read_csv()] == ["15.0"] * 2
+    assert clock.now == 1000 + 18 + 2 * 15
+
+
+@pytest.mark.parametrize(
+    "epochs, saves, minutes, done", [((10, 10, 30, 10), (0,), 1.5, 4), ((10,), (8, 1, 1), 1, 3)]
+)
+def test_max_minutes_expects_the_longest_epoch_and_the_longest_save_again(
+    epochs, saves, minutes, done, monkeypatch
+):
+    """Some epochs are validated and others not, and a disk may be busy."""
+    clock = Clock(monkeypatch)
+    clock.takes("train_epoch", *epochs)
+    clock.takes("save", *saves)
+    assert run("--epochs", 8, "--max-minutes", minutes) == 0
+    assert saved()["epoch"] == done
 
 
 def test_a_run_whose_time_is_out_with_its_last_epoch_is_complete(capsys):
@@ -2216,6 +2284,24 @@ def test_a_run_on_a_gpu_mixes_no_devices_and_resumes_to_the_bits_of_a_cpu(gpu, f
         assert Path("out/attention_val.png").exists() and Path("out/positions.png").exists()
     assert difference(outcome("out/last.pt"), outcome("cpu/last.pt")) is None
     assert difference(outcome("stopped/last.pt"), outcome("cpu/last.pt")) is None
+
+
+def test_what_is_measured_and_named_is_the_device_of_the_run_in_its_dtype(gpu, monkeypatch):
+    """Else the 100 % of MFU, and the machine to which numbers are traced, were another's."""
+    seen, facts = [], machine.versions
+    monkeypatch.setattr(machine, "measure_peak", lambda *args: seen.append(args) or 1e12)
+    monkeypatch.setattr(machine, "versions", lambda *args: seen.append(args) or facts())
+    with gpu:
+        prepare("--device", "cuda", "--dtype", "bfloat16")
+    assert seen == [(CUDA, torch.bfloat16), (CUDA,)]
+
+
+def test_a_decision_is_sent_from_gpu_to_gpu(gpu, monkeypatch):
+    """NCCL takes no tensor of a CPU."""
+    sent = []
+    monkeypatch.setattr(machine.dist, "broadcast", lambda x, src: sent.append(x.device))
+    with gpu:
+        assert machine.rank_0_decides(True, 2, CUDA) and sent == [CUDA]
 
 
 def test_nothing_is_sorted_on_the_device(gpu, monkeypatch):
