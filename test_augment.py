@@ -772,6 +772,12 @@ def test_an_epoch_is_a_function_of_seed_and_epoch_alone():
         assert difference(first[a], first[b]), (a, b)
 
 
+def test_no_two_runs_share_the_randomness_of_an_epoch():
+    """Nor does a long one repeat itself. (A CPU's generator reads the low 32 bits of a seed.)"""
+    pairs = itertools.product(range(10), range(1, 10_001))
+    assert len({augment.epoch_seed(*pair) % 2**32 for pair in pairs}) == 100_000
+
+
 @pytest.mark.parametrize(
     "epochs, share, mixed", [(10, 0.5, 5), (3, 1.0, 3), (4, 0.0, 0), (10, 0.45, 4)]
 )

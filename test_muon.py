@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import muon
 from muon import Muon, orthogonalize
@@ -46,6 +47,15 @@ def test_orthogonalising_keeps_the_singular_vectors_and_levels_the_values(rows, 
     S = newton_schulz(S / (S.norm(dim=1, keepdim=True) + 1e-7))
     close(levelled, (U * S[:, None]) @ V, 1e-9)
     assert torch.equal(matrices, before)
+
+
+@pytest.mark.parametrize("rows, columns", [(4, 32), (32, 4)])
+def test_the_squares_are_those_of_the_smaller_side(rows, columns):
+    """Five times x x^T, its square and a product with x. Of the larger side it would be the same
+    numbers for ten times the work, where a layer is four times as wide as high."""
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(normal(0, 2, rows, columns))
+    assert counter.get_total_flops() == 2 * 5 * 2 * (4 * 4 * 32 + 4 * 4 * 4 + 4 * 4 * 32)
 
 
 @pytest.mark.parametrize("is_cuda, has_it", [(True, True), (True, False), (False, True)])

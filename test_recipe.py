@@ -551,8 +551,9 @@ def test_more_than_an_hour_on_a_cpu_that_nobody_asked_for_is_refused():
 
 def test_an_hour_is_no_reason_to_stop_and_neither_is_an_accelerator_or_a_wish():
     network = ViTConfig()
-    n = math.floor(45_000 / hours(1, 45_000))  # in one epoch, an hour
-    recipe.refuse_hours(TrainConfig(epochs=1), network, "cpu", n - 1)
-    refusal(recipe.refuse_hours, TrainConfig(epochs=1), network, "cpu", n + 1)
+    for other in (network, ViTConfig(dim=96, depth=6), ViTConfig(64)):
+        n = math.floor(45_000 / hours(1, 45_000, other))  # in one epoch, an hour
+        recipe.refuse_hours(TrainConfig(epochs=1), other, "cpu", n - 1)
+        refusal(recipe.refuse_hours, TrainConfig(epochs=1), other, "cpu", n + 1)
     recipe.refuse_hours(TrainConfig(), network, "cuda", 45_000)
     recipe.refuse_hours(TrainConfig(device="cpu"), network, "cpu", 45_000)
