@@ -255,12 +255,12 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
 def restore(run: Run, last: dict):
     """Put a run where its checkpoint left it. ValueError if that does not fit the data."""
     dataset, config = run.dataset, run.config
-    where = f"the images of {config.data_dir}"
-    if config.dataset == "shapes":
-        where = "the shapes that this machine draws"
     data_now = (list(dataset.classes), dataset.mean, dataset.std, run.fingerprint)
     data_then = tuple(last[key] for key in ("classes", "mean", "std", "fingerprint"))
     if data_now != data_then:
+        where = f"the images of {config.data_dir}"
+        if config.dataset == "shapes":
+            where = "the shapes that this machine draws"
         raise ValueError(f"{where} are not those the run in {config.out} was trained on")
     try:
         run.state.load_state_dict(last)
@@ -405,10 +405,13 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK") or 0) if world > 1 else 0
     out, lock_file, parser = TrainConfig.out, None, recipe.make_parser()
 
-    def on_disk() -> str:
-        """What is on the disk, for the last lines: from here on no signal may cut them off."""
+    def ignore_signals():
+        """From here on none may cut off the last lines."""
         for number in old_handlers:
             signal.signal(number, signal.SIG_IGN)
+
+    def on_disk() -> str:
+        ignore_signals()
         return checkpoint.saved_in(out)
 
     def going_on() -> str:
@@ -449,9 +452,10 @@ def main(argv: list[str] | None = None) -> int:
                 pass
         return 0
     except log.Stopped as stopped:
-        [number], holds = stopped.args, on_disk()
+        ignore_signals()
+        [number] = stopped.args
         if rank == 0:
-            told = f"stopped by {signal.Signals(number).name}: {holds}"
+            told = f"stopped by {signal.Signals(number).name}: {checkpoint.saved_in(out)}"
             log.say_at_last(f"{told}\ncontinue with: {log.command(argv, world)}")
         return 128 + number
     except Diverged as error:
