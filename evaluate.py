@@ -172,17 +172,17 @@ def evaluate(
     images, labels = dataset.test_images, dataset.test_labels
     # Others than in training may have been trained on. (A test part of its own comes alone.)
     are_others = len(dataset.train_images) and dataset.fingerprint != checkpoint["fingerprint"]
-    if are_others and split == "test":
+    if are_others and split == "val":
+        raise ValueError(
+            "the training images have changed since: which were held out for validation is lost"
+        )
+    if are_others:
         print(
             "warning: the pictures have changed since: those set aside for the test may be others "
             "than then, and may have been trained on",
             file=sys.stderr,
         )
     if split == "val":
-        if are_others:
-            raise ValueError(
-                "the training images have changed since: which were held out for validation is lost"
-            )
         _, (images, labels) = data.hold_out(dataset, recipe["val_size"], recipe["seed"])
 
     # the numbers

@@ -146,7 +146,7 @@ def plot_attention(
         x = data.normalize(image[None].to(device), mean, std)
         rollout = attention_rollout(model.attention_maps(x))[0]  # (N, N)
         flow = rollout[0, 1:] if model.config.pool == "cls" else rollout.mean(0)  # (P,)
-        flow = (flow - flow.min()) / (flow.max() - flow.min()).clamp(min=1e-6)  # no rounding
+        flow = (flow - flow.min()) / (flow.max() - flow.min()).clamp(min=1e-6)  # less is rounding
         heats.append(flow.view(side, side).cpu().numpy())
         with torch.no_grad():
             confidence, answer = model(x)[0].softmax(0).max(0)
