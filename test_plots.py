@@ -256,7 +256,7 @@ def test_the_mistakes_are_the_wrong_answers_the_model_was_surest_of(axes):
     ):
         first, second = title.splitlines()
         assert answer in first and confidence in first and truth in second
-    assert "3 most confident" in axes[0].figure.get_suptitle()
+    assert "most confident first" in axes[0].figure.get_suptitle()
 
 
 def test_without_a_mistake_the_picture_says_so(axes):
