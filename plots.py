@@ -184,7 +184,8 @@ def plot_mistakes(path: str, images: Tensor, labels: Tensor, logits: Tensor, cla
     for axis, i in zip(axes.flat, worst):
         answer, truth = short(classes[predicted[i]], 18), short(classes[labels[i]], 18)
         show_image(axis, images[i], f"{answer}, {confidence[i]:.0%} sure\nis {truth}")
-    what = "mistakes, most confident first" if worst else "no mistakes"
+    count = f"{len(worst)} of {len(wrong)} mistakes, most confident first"
+    what = count if worst else "no mistakes"
     figure.suptitle(f"{title}: {what}")
     save(figure, path)
 

@@ -256,7 +256,15 @@ def test_the_mistakes_are_the_wrong_answers_the_model_was_surest_of(axes):
     ):
         first, second = title.splitlines()
         assert answer in first and confidence in first and truth in second
-    assert "most confident first" in axes[0].figure.get_suptitle()
+    assert "3 of 3 mistakes, most confident" in axes[0].figure.get_suptitle()
+
+
+def test_of_many_mistakes_twenty_are_shown_and_the_title_counts_them_all(axes):
+    images = torch.zeros(25, 3, 4, 4, dtype=torch.uint8)
+    logits = torch.tensor([[1.0, 0]]).expand(25, 2)
+    plots.plot_mistakes("", images, torch.ones(25).long(), logits, ["cat", "dog"], "pets")
+    assert sum(bool(axis.images) for axis in axes) == 20
+    assert "20 of 25 mistakes" in axes[0].figure.get_suptitle()
 
 
 def test_without_a_mistake_the_picture_says_so(axes):
