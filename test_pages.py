@@ -156,14 +156,15 @@ def test_the_map_names_every_file_and_what_it_imports():
 
 # --- the weights that come with it ----------------------------------------------------------------
 
-LAPTOP = ROOT / "assets/laptop"
 
-
-def test_the_weights_are_of_the_preset_and_the_pages_say_what_they_reached():
-    best = checkpoint.load_checkpoint(LAPTOP / "best.pt")
-    recorded, preset = best["train"] | best["vit"], PRESETS["laptop"]
+@pytest.mark.parametrize(
+    "folder, changed", [("laptop", {}), ("laptop-200", {"epochs": 200, "mix_prob": 1})]
+)
+def test_the_weights_are_of_the_preset_and_the_pages_say_what_they_reached(folder, changed):
+    best = checkpoint.load_checkpoint(ROOT / f"assets/{folder}/best.pt")
+    recorded, preset = best["train"] | best["vit"], PRESETS["laptop"] | changed
     assert {name: recorded[name] for name in preset} == preset
-    metrics = json.loads((LAPTOP / "metrics.json").read_text())
+    metrics = json.loads((ROOT / f"assets/{folder}/metrics.json").read_text())
     assert metrics["split"] == "test" and metrics["epoch"] == best["epoch"]
     config, vit_config = recipe.build_configs(preset)
     images = 45_000 // config.batch_size * config.batch_size * config.epochs
@@ -174,7 +175,8 @@ def test_the_weights_are_of_the_preset_and_the_pages_say_what_they_reached():
 
 
 def test_the_weights_give_the_answers_that_the_readme_prints(capsys):
-    assert evaluate.main([str(LAPTOP / "best.pt"), "--images", str(ROOT / "assets/cat.jpg")]) == 0
+    best, cat = ROOT / "assets/laptop/best.pt", ROOT / "assets/cat.jpg"
+    assert evaluate.main([str(best), "--images", str(cat)]) == 0
     answers = capsys.readouterr().out.split("cat.jpg")[1].split()
     [printed] = re.findall(r"^assets/cat\.jpg (.+)$", README, re.MULTILINE)
     assert answers[0] == printed.split()[0] == "cat"  # the shares differ in the last digit
