@@ -16,6 +16,7 @@ import zipfile
 
 import torch
 
+from machine import is_out_of_memory
 from vit import VisionTransformer, ViTConfig
 
 FORMAT = "vit-cifar10 checkpoint 3"  # the first thing in a checkpoint; another number, another form
@@ -75,7 +76,8 @@ def load_checkpoint(path: str) -> dict:
     """Read last.pt or best.pt, with every tensor on the CPU.
 
     FileNotFoundError, or ValueError for a file that is damaged (every stored byte is checked
-    against its CRC, which torch.load does not do), foreign, or of another version.
+    against its CRC, which torch.load does not do), foreign, or of another version, or too large for
+    the memory.
     """
     if not os.path.isfile(path):
         last = os.path.join(os.path.dirname(path), "last.pt")  # of a run without a validation yet
@@ -88,6 +90,8 @@ def load_checkpoint(path: str) -> dict:
     except OSError as error:  # not of the file: of its disk, or of who may read it
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # zipfile and torch.load raise half a dozen types for broken files
+        if is_out_of_memory(error):
+            raise ValueError(f"cannot read {path}: out of memory") from None
         raise ValueError(
             f"{path} is damaged or not a checkpoint of train.py ({type(error).__name__})"
         ) from None

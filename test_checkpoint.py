@@ -447,6 +447,15 @@ def test_a_disk_that_fails_is_not_called_a_damaged_file(plain, monkeypatch):
     assert text == f"cannot read {plain}/last.pt: Transport endpoint is not connected"
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: you tried")])
+def test_a_checkpoint_that_the_memory_does_not_hold_is_not_called_damaged(
+    error, plain, monkeypatch
+):
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=error))
+    text = refusal(load_checkpoint, str(plain / "last.pt"))
+    assert text == f"cannot read {plain}/last.pt: out of memory"
+
+
 def test_an_output_folder_without_a_name_is_refused():
     """As --out=$FOLDER is, where that is not set."""
     assert refusal(check_out, "", False) == "the output folder has no name"

@@ -2372,7 +2372,7 @@ BELOW = {
     "muon": "machine",
     "recipe": "vit",
     "optim": "vit machine muon recipe",
-    "checkpoint": "vit",
+    "checkpoint": "vit machine",
     "log": "checkpoint",
     "plots": "vit data",
     "evaluate": "vit pictures data machine checkpoint log plots",
