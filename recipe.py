@@ -43,7 +43,7 @@ class TrainConfig:
     # run
     out: str = "out"  # folder of the run: checkpoints, log.csv, metrics, pictures
     resume: bool = False  # continue the run in --out (start it if there is none yet)
-    max_minutes: float | None = None  # end at an epoch boundary before this time is up
+    max_minutes: float | None = None  # end at an epoch boundary before this time (but for the test)
     eval_every: int = 1  # epochs between validations
     save_every: int = 1  # epochs between checkpoints (and on a GPU ten seconds at least)
     seed: int = 0  # of everything: split, weights, batches, augmentation, dropout

@@ -1344,8 +1344,8 @@ def test_any_other_failure_of_torch_keeps_its_traceback(monkeypatch):
 
 @pytest.mark.parametrize("minutes", [1, 0.9])
 def test_max_minutes_ends_at_an_epoch_boundary_before_the_time_is_up(minutes, monkeypatch, capsys):
-    """Epochs of 10 s by a false clock: a sixth, with a tenth to spare, would end at 61 s. A fifth,
-    with no more than that to spare, ends within 54 s."""
+    """Epochs of 10 s by a false clock: a sixth, with a fifth to spare, would end at 62 s. A fifth
+    one ends within 54 s, with that to spare."""
     Clock(monkeypatch).takes("train_epoch", 10)
     assert run("--epochs", 8, "--max-minutes", minutes, "--save-every", 100) == 0
     *_, first, second = capsys.readouterr().out.splitlines()
@@ -1356,8 +1356,8 @@ def test_max_minutes_ends_at_an_epoch_boundary_before_the_time_is_up(minutes, mo
 
 
 def test_the_epoch_in_which_the_blocks_are_compiled_is_not_expected_again(monkeypatch, capsys):
-    """After 60 s and eleven times 10, another 11 would not fit into three minutes. (Another 66, and
-    it were over after seven epochs.)"""
+    """After 60 s and eleven times 10, another 12 would not fit into three minutes. (Another 72, and
+    it were over after six epochs.)"""
     Clock(monkeypatch).takes("train_epoch", 60, *[10] * 19)
     assert run("--epochs", 20, "--max-minutes", 3, "--save-every", 100) == 0
     assert saved()["epoch"] == 12
@@ -1387,6 +1387,15 @@ def test_max_minutes_counts_the_validation_and_what_comes_before_the_first_epoch
 
 @pytest.mark.parametrize(
     "epochs, saves, minutes, done", [((10, 10, 30, 10), (0,), 1.5, 4), ((10,), (8, 1, 1), 1, 3)]
+def test_max_minutes_has_time_to_spare_for_the_first_validation(monkeypatch):
+    """Of five epochs the last takes 11.5 s, after four of 10. After 51 s it would be cut off."""
+    clock = Clock(monkeypatch)
+    clock.takes("train_epoch", 10)
+    clock.takes("validate_epoch", 1.5)
+    assert run("--epochs", 8, "--eval-every", 5, "--max-minutes", 51 / 60) == 0
+    assert clock.now == 1000 + 40
+
+
 )
 def test_max_minutes_expects_the_longest_epoch_and_the_longest_save_again(
     epochs, saves, minutes, done, monkeypatch

@@ -342,9 +342,10 @@ def train(run: Run, began: float, argv: list[str] | None):
         run.epoch = epoch
         run.history.append(row)
 
-        # is there time for this save, another epoch and its save? A tenth to spare, as they vary
+        # is there time for this save, another epoch and its save? A fifth to spare, as they vary,
+        # and as the first one with a validation takes longer than those before it
         if config.max_minutes:
-            needed = 1.1 * (longest_save + max(usual) + longest_save)
+            needed = 1.2 * (longest_save + max(usual) + longest_save)
             over = time.monotonic() - began + needed > 60 * config.max_minutes
             out_of_time = machine.rank_0_decides(over, run.world, run.device)
 
