@@ -294,17 +294,18 @@ def build_configs(values: dict, num_classes: int | None = None) -> tuple[TrainCo
     return TrainConfig(**recipe), ViTConfig(**vit)
 
 
-def refuse_hours(config: TrainConfig, vit_config: ViTConfig, device: str, n: int):
+def refuse_hours(config: TrainConfig, vit_config: ViTConfig, device: str, n: int, done: int = 0):
     """ValueError where n images would keep a CPU that nobody asked for busy for more than an hour.
 
-    device: "cpu", or an accelerator's type.
+    device: "cpu", or an accelerator's type. done: epochs that need not be run again.
     """
-    work = config.epochs * n * 3 * vit_config.flops_per_image
+    epochs = config.epochs - done
+    work = epochs * n * 3 * vit_config.flops_per_image
     hours = work / 1e11 / 3600
     if config.device == "auto" and device == "cpu" and hours > 1:
         long = f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:.1f} days"
         raise ValueError(
-            f"no accelerator found. {config.epochs} epochs of {n:,} images are {work:.1e} "
+            f"no accelerator found. {epochs} epochs of {n:,} images are {work:.1e} "
             f"floating-point operations: minutes on a recent GPU, about {long} on a CPU at 100 "
             f"GFLOP/s. See everything run in a few minutes with --preset demo, train "
             f"three to nine hours with --preset laptop, or start it here all the same with "

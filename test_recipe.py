@@ -549,6 +549,14 @@ def test_more_than_an_hour_on_a_cpu_that_nobody_asked_for_is_refused():
     )
 
 
+def test_of_a_resumed_run_only_the_epochs_that_are_left_are_counted():
+    """A GPU's run may be finished, or only looked at, on a machine without one."""
+    config, network = TrainConfig(), ViTConfig()
+    text = refusal(recipe.refuse_hours, config, network, "cpu", 45_000, done=280)
+    assert "20 epochs of" in text and f"about {hours(20, 45_000):.0f} hours" in text
+    recipe.refuse_hours(config, network, "cpu", 45_000, done=300)
+
+
 def test_an_hour_is_no_reason_to_stop_and_neither_is_an_accelerator_or_a_wish():
     network = ViTConfig()
     for other in (network, ViTConfig(dim=96, depth=6), ViTConfig(64)):

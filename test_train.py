@@ -1124,10 +1124,29 @@ def test_what_belongs_to_the_sitting_may_change_on_resume(begun, plain, monkeypa
     assert changed == {f"/train/{k}" for k in ("save_every", "data_dir", "compile", "download_url")}
 
 
+@pytest.mark.parametrize("dataset", ["shapes", "cifar10"])
+def test_a_run_of_a_gpu_may_be_looked_at_on_a_machine_without_one(
+    dataset, plain, begun, monkeypatch, capsys
+):
+    """A fresh one, or one of which an epoch is left, would take hours."""
+    real = data.load
+    monkeypatch.setattr(data, "load", lambda _, *rest: real("shapes", *rest))
+    monkeypatch.setattr(ViTConfig, "flops_per_image", 10**15)
+    for folder, out, code in ((plain, "complete", 0), (begun, "begun", 2)):
+        shutil.copytree(folder, out)
+        last = saved(f"{out}/last.pt")
+        last["train"] |= {"device": "auto", "dataset": dataset}
+        checkpoint.save_checkpoint(last, f"{out}/last.pt")
+        assert main("--resume", "--out", out) == code
+        told = "".join(capsys.readouterr())
+        assert ("is complete" if code == 0 else "no accelerator found. 1 epochs of") in told
+
+
 @pytest.mark.parametrize(
     "changed",
     [
         make_dataset(n=61),
+        make_dataset(n=8),
         replace(DATASET, mean=(0.4, 0.45, 0.51)),
         replace(DATASET, std=(0.2, 0.25, 0.31)),
         replace(DATASET, classes=["cat", "dog", "elk"]),
@@ -1135,10 +1154,11 @@ def test_what_belongs_to_the_sitting_may_change_on_resume(begun, plain, monkeypa
         replace(DATASET, train_images=DATASET.train_images.flip(0)),
         replace(DATASET, train_labels=DATASET.train_labels.flip(0)),
     ],
-    ids=["images", "mean", "std", "names", "classes", "order", "labels"],
+    ids=["images", "too few", "mean", "std", "names", "classes", "order", "labels"],
 )
 def test_resume_refuses_data_that_are_not_those_of_the_run(changed, begun, monkeypatch, capsys):
-    """With other pictures, the split would leak validation images into training."""
+    """With other pictures, the split would leak validation images into training. Nor is a number
+    that nobody typed called wrong, as where there are too few for the saved batch."""
     shutil.copytree(begun, "out")
     before = tree()
     monkeypatch.setattr(data, "load", lambda *_: changed)

@@ -192,7 +192,8 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     device = machine.pick_device(config.device)
     machine.limit_threads()
     if config.dataset in data.CIFAR_STATISTICS:  # before a download
-        recipe.refuse_hours(config, vit_config, device.type, 45_000)
+    done = last["epoch"] if last else 0
+        recipe.refuse_hours(config, vit_config, device.type, 45_000, done)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
@@ -209,13 +210,15 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         dataset = data.load(*source)
     if rank == 0 and world > 1:
         dist.barrier()
+    fingerprint = dataset.fingerprint
+    if last:
+        refuse_other_data(last, dataset, fingerprint, config)
     if last is None:
         n_val = 0 if dataset.val_images is None else len(dataset.val_images)
         values = recipe.follow_data(values, len(dataset.train_images), n_val)
     config, vit_config = recipe.build_configs(values, len(dataset.classes))
     train_set, val_set = data.hold_out(dataset, config.val_size, config.seed)
-    fingerprint = dataset.fingerprint
-    seen = (last["epoch"] if last else 0, fingerprint)
+    seen = (done, fingerprint)
     if not machine.all_see(seen, world):  # on two machines, say, each with a disk of its own
         raise ValueError(
             "the processes see different runs or different images: --out must lie on a disk "
@@ -223,7 +226,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         )
     dataset = replace(dataset, train_images=torch.empty(0))  # split, they need not be kept twice
     n = len(train_set[0])
-    recipe.refuse_hours(config, vit_config, device.type, n)
+    recipe.refuse_hours(config, vit_config, device.type, n, done)
     if config.batch_size > n:
         raise ValueError(f"batch_size {config.batch_size} is more than the {n} training images")
     if config.batch_size % world:
@@ -252,10 +255,9 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     return run
 
 
-def restore(run: Run, last: dict):
-    """Put a run where its checkpoint left it. ValueError if that does not fit the data."""
-    dataset, config = run.dataset, run.config
-    data_now = (list(dataset.classes), dataset.mean, dataset.std, run.fingerprint)
+def refuse_other_data(last: dict, dataset: data.Dataset, fingerprint: str, config: TrainConfig):
+    """ValueError for a dataset on which the run to resume was not trained."""
+    data_now = (list(dataset.classes), dataset.mean, dataset.std, fingerprint)
     data_then = tuple(last[key] for key in ("classes", "mean", "std", "fingerprint"))
     if data_now != data_then:
         where = f"the images of {config.data_dir}"
@@ -265,10 +267,14 @@ def restore(run: Run, last: dict):
     try:
         run.state.load_state_dict(last)
         run.epoch, run.best, run.history = (last[key] for key in ("epoch", "best", "history"))
+
+
+def restore(run: Run, last: dict):
+    """Put a run where its checkpoint left it. ValueError if that lacks a part."""
         if run.best:
             checkpoint.best_of(last)  # a KeyError where best.pt could not be derived from it
-        if config.lr != last["train"]["lr"]:
-            optim.change_lr(run.state, config.lr / last["train"]["lr"])
+        if run.config.lr != last["train"]["lr"]:
+            optim.change_lr(run.state, run.config.lr / last["train"]["lr"])
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         path = run.path("last.pt")
         raise ValueError(f"{path} does not hold a run's whole state ({error!r})") from None
