@@ -154,7 +154,8 @@ def evaluate(
     In this order, so that a picture that fails cannot cost the numbers. dataset: one that is loaded
     already; else the one the checkpoint was trained on is loaded. history: the rows of its log.csv,
     for the curves. Names of files end in _val for the validation split (but for curves and
-    positions) and have _last for a last.pt: metrics.json is of the best weights on the test set.
+    positions) and have _last for a last.pt (but for curves): metrics.json is of the best weights on
+    the test set.
     ValueError if the data do not fit the checkpoint. Returns the metrics.
     """
     # the images

@@ -66,10 +66,11 @@ def refuse_unknown_gpu(device: torch.device):
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16: GPUs before Ampere (of AMD, before the MI100 and the
-    RX 7000), and CPUs that lack AVX512_BF16, only emulate it.
+    RX 7000), and x86 CPUs that lack AVX512_BF16, only emulate it.
 
     A product takes such a CPU twice as long as in float32 with AVX-512 alone
-    (uxlfoundation/oneDNN#493), and 40 to 500 times without (pytorch/pytorch#146508).
+    (uxlfoundation/oneDNN#493), and 40 to 500 times without (pytorch/pytorch#146508). ARM's CPUs are
+    not asked, and count as without.
     """
     if device.type == "cuda" and torch.version.hip:  # AMD's, whose capability says nothing of it
         name = torch.cuda.get_device_properties(device).gcnArchName
