@@ -149,12 +149,33 @@ def join_processes(device: torch.device, world: int) -> torch.device:
     return device
 
 
+GRACE = 10  # seconds: in these, when one process has ended, torchrun ends the others
+
+
+@contextlib.contextmanager
+def together():
+    """Around what the processes of a run do together. OSError if one of them has ended.
+
+    That one has said why. So this one first waits for its own end, in which nothing is left to say.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        time.sleep(GRACE)
+        raise OSError(
+            f"another process of this run has ended, or is out of reach ({error})"
+        ) from None
+
+
 def all_see(value, world: int) -> bool:
     """Whether the value, which can be pickled and hashed, is the same in all processes."""
     if world == 1:
         return True
     seen = [None] * world
-    dist.all_gather_object(seen, value)
+    with together():
+        dist.all_gather_object(seen, value)
     return len({*seen}) == 1
 
 
@@ -163,7 +184,8 @@ def rank_0_decides(decision: bool, world: int, device: torch.device) -> bool:
     if world == 1:
         return decision
     decision = torch.tensor(float(decision), device=device)
-    dist.broadcast(decision, src=0)
+    with together():
+        dist.broadcast(decision, src=0)
     return bool(decision)
 
 

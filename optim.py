@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from machine import pick_dtype
+from machine import pick_dtype, together
 from muon import Muon
 from recipe import TrainConfig
 from vit import VisionTransformer, ViTConfig
@@ -142,7 +142,8 @@ def average_gradients(model: VisionTransformer):
         return
     gradients = [parameter.grad for parameter in model.parameters()]
     flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message, not hundreds
-    dist.all_reduce(flat)
+    with together():
+        dist.all_reduce(flat)
     means = (flat / dist.get_world_size()).split([gradient.numel() for gradient in gradients])
     torch._foreach_copy_(gradients, [m.view_as(g) for m, g in zip(means, gradients)])
 

@@ -1405,8 +1405,6 @@ def test_max_minutes_counts_the_validation_and_what_comes_before_the_first_epoch
     assert clock.now == 1000 + 18 + 2 * 15
 
 
-@pytest.mark.parametrize(
-    "epochs, saves, minutes, done", [((10, 10, 30, 10), (0,), 1.5, 4), ((10,), (8, 1, 1), 1, 3)]
 def test_max_minutes_has_time_to_spare_for_the_first_validation(monkeypatch):
     """Of five epochs the last takes 11.5 s, after four of 10. After 51 s it would be cut off."""
     clock = Clock(monkeypatch)
@@ -1416,6 +1414,8 @@ def test_max_minutes_has_time_to_spare_for_the_first_validation(monkeypatch):
     assert clock.now == 1000 + 40
 
 
+@pytest.mark.parametrize(
+    "epochs, saves, minutes, done", [((10, 10, 30, 10), (0,), 1.5, 4), ((10,), (8, 1, 1), 1, 3)]
 )
 def test_max_minutes_expects_the_longest_epoch_and_the_longest_save_again(
     epochs, saves, minutes, done, monkeypatch
@@ -1864,25 +1864,22 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_epoch(mo
     assert "cannot write to the output folder out" in line and tree() == {"out": None}
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused(joined, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert run() == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert "batch_size 8 is not divisible by the 3 processes" in line and not tree()
-
-
-def test_of_several_processes_one_says_what_is_wrong(monkeypatch, capsys):
-    """The others wait: when one leaves, torchrun ends the first too, which may still import."""
+# the second is found when the processes have joined
+@pytest.mark.parametrize("flags", [["--epochs", 0], ["--batch-size", 9]])
+def test_of_several_processes_one_says_what_is_wrong(flags, joined, monkeypatch, capsys):
+    """The others wait: when one leaves, torchrun ends the first too, which may still import. Where
+    nobody ends them, as on a second machine that alone lacks something, they say it as well."""
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, lines in (("0", 1), ("1", 0)):
+    for rank, told in (("0", "error: "), ("1", "error: rank 1: ")):
         monkeypatch.setenv("RANK", rank)
-        assert run("--epochs", 0) == 2
-        assert len(capsys.readouterr().err.splitlines()) == lines
+        assert run(*flags) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith(told + flags[0].removeprefix("--").replace("-", "_")) and not tree()
     assert len(waited) == 1 and waited[0] >= 5
     monkeypatch.setattr(time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
-    assert run("--epochs", 0) == 143 and not "".join(capsys.readouterr())
+    assert run(*flags) == 143 and not "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("error", [OSError("its disk is full"), MemoryError()])
@@ -1903,20 +1900,31 @@ def test_of_several_processes_the_one_that_fails_alone_says_so(error, monkeypatc
         assert line.startswith(told) and "rank" not in line.removeprefix(told)
 
 
-def test_of_several_processes_one_whose_disk_lacks_the_data_says_so(monkeypatch, capsys):
-    """It may stand in another machine."""
-
-    def prepare(*_):
-        raise ValueError("no folder pets")
-
-    monkeypatch.setattr(train, "prepare", prepare)
-    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(time, "sleep", None)  # not called: nobody else has anything to say
+@pytest.mark.parametrize(
+    "call, rank, told, kept",
+    [
+        ("barrier", 0, "error: another", False),
+        ("barrier", 1, "error: rank 1: another", False),
+        ("all_reduce", 0, "error: rank 0: another", True),  # of the gradients
+        ("all_reduce", 1, "error: rank 1: another", True),  # of an epoch's losses
+    ],
+)
+def test_a_process_that_the_others_have_left_waits_and_says_so(
+    call, rank, told, kept, joined, monkeypatch, capsys
+):
+    """Where nobody ends it, either: before the first step, and in the middle of an epoch."""
+    waited = []
+    gone = RuntimeError("Connection closed\nby peer")
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(train.dist, call, mock.Mock(side_effect=gone))
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: kept and rank == 0)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, told in (("0", "error: no folder pets"), ("1", "error: rank 1: no folder pets")):
-        monkeypatch.setenv("RANK", rank)
-        assert run() == 2
-        assert capsys.readouterr().err == f"{told}\n"
+    monkeypatch.setenv("RANK", str(rank))
+    assert run() == 2 and waited and min(waited) >= 5
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{told} process of this run has ended")
+    assert "(Connection closed by peer)" in line
+    assert ("no epoch is saved in out; continue with: torchrun" in line) == kept
 
 
 def test_of_several_processes_one_says_what_the_data_are(joined, monkeypatch, capsys):
@@ -1963,7 +1971,7 @@ def forked(*flags, **environment):
 
     def child():
         os.environ.update(environment)
-        sys.stdout = os.fdopen(writer, "w", buffering=1)
+        sys.stdout = sys.stderr = os.fdopen(writer, "w", buffering=1)
         sys.exit(main(*flags))
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -2097,18 +2105,24 @@ def assert_like_one_process(out):
 
 
 @contextlib.contextmanager
-def processes(world, *flags):
-    """What torchrun starts; gives the first one's output."""
+def launched(world, *flags):
+    """What torchrun starts: of each rank the process and its output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with contextlib.ExitStack() as stack:
-        started = [
+        yield [
             stack.enter_context(forked(*flags, **shared, RANK=str(i), LOCAL_RANK=str(i)))
             for i in range(world)
         ]
+
+
+@contextlib.contextmanager
+def processes(world, *flags):
+    """Ranks that all end well; gives the first one's output."""
+    with launched(world, *flags) as started:
         yield started[0][1]
         for process, _ in started:
             process.join(60)
@@ -2140,6 +2154,21 @@ def test_three_processes_stopped_and_resumed_equal_three_that_went_straight_thro
         with processes(3, *flags, "--out", *more):
             pass
     assert difference(contents("parts/last.pt"), contents("straight/last.pt")) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_what_the_first_process_alone_can_know_it_says_alone():
+    """It reads the data for all. The others find that it has left, and wait in silence for torchrun
+    (here this test) to end them: it was a traceback about a closed connection."""
+    flags = ["--dataset", "folder", "--data-dir", "nosuch", "--device", "cpu", "--out", "out"]
+    with launched(2, *flags) as [(first, told), (second, silence)]:
+        first.join(60)
+        time.sleep(0.3)
+        second.terminate()
+        second.join(60)
+        assert (first.exitcode, second.exitcode) == (2, 143)
+        *_, line = told.read().splitlines()
+        assert line.startswith("error: no folder nosuch: ") and silence.read() == ""
 
 
 def torchrun(*flags):

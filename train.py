@@ -115,7 +115,8 @@ def train_epoch(run: Run, epoch: int) -> dict:
     weight_norm = torch.nn.utils.get_total_norm(list(state.model.parameters()))
     results = torch.stack(results)  # (steps, 2): loss and gradient norm
     if run.world > 1:
-        dist.all_reduce(results)
+        with machine.together():
+            dist.all_reduce(results)
         results /= run.world
     losses, norms = results.cpu().double().unbind(1)
     seconds = time.perf_counter() - began
@@ -191,8 +192,8 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     # the device
     device = machine.pick_device(config.device)
     machine.limit_threads()
-    if config.dataset in data.CIFAR_STATISTICS:  # before a download
     done = last["epoch"] if last else 0
+    if config.dataset in data.CIFAR_STATISTICS:  # before a download
         recipe.refuse_hours(config, vit_config, device.type, 45_000, done)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -204,15 +205,17 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     if rank == 0:
         print(log.describe_model(vit_config), flush=True)
     else:
-        dist.barrier()
+        with machine.together():
+            dist.barrier()
     source = (config.dataset, config.data_dir, vit_config.image_size, config.download_url)
     with contextlib.redirect_stdout(sys.stdout if rank == 0 else None):
         dataset = data.load(*source)
-    if rank == 0 and world > 1:
-        dist.barrier()
     fingerprint = dataset.fingerprint
     if last:
         refuse_other_data(last, dataset, fingerprint, config)
+    if rank == 0 and world > 1:
+        with machine.together():
+            dist.barrier()
     if last is None:
         n_val = 0 if dataset.val_images is None else len(dataset.val_images)
         values = recipe.follow_data(values, len(dataset.train_images), n_val)
@@ -264,13 +267,13 @@ def refuse_other_data(last: dict, dataset: data.Dataset, fingerprint: str, confi
         if config.dataset == "shapes":
             where = "the shapes that this machine draws"
         raise ValueError(f"{where} are not those the run in {config.out} was trained on")
-    try:
-        run.state.load_state_dict(last)
-        run.epoch, run.best, run.history = (last[key] for key in ("epoch", "best", "history"))
 
 
 def restore(run: Run, last: dict):
     """Put a run where its checkpoint left it. ValueError if that lacks a part."""
+    try:
+        run.state.load_state_dict(last)
+        run.epoch, run.best, run.history = (last[key] for key in ("epoch", "best", "history"))
         if run.best:
             checkpoint.best_of(last)  # a KeyError where best.pt could not be derived from it
         if run.config.lr != last["train"]["lr"]:
@@ -368,8 +371,9 @@ def train(run: Run, began: float, argv: list[str] | None):
         left = sum(usual) / len(usual) * (config.epochs - epoch)
         run.say(log.line(row, left, run.unused))
         if out_of_time and not is_last:
-            run.say(f"out of time: {checkpoint.saved_in(config.out)}")
-            run.say(f"continue with: {log.command(argv, run.world)}")
+            if run.rank == 0:
+                log.say(f"out of time: {checkpoint.saved_in(config.out)}")
+                log.say(f"continue with: {log.command(argv, run.world)}")
             return
     if run.rank == 0:
         finish(run)
@@ -425,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
         return f"{on_disk()}; continue with: {log.command(argv, world)}"
 
     def fail(code: int, text: object, alone: bool = False):
-        """alone: it may have happened to this process only, and rank 0 does not know."""
+        """alone: it may have happened to this process only."""
         who = f"rank {rank}: " if alone and world > 1 else ""
         line = f"error: {who}{log.one_line(text)}\n"
         parser.exit(code, line if alone or rank == 0 else None)
@@ -444,12 +448,10 @@ def main(argv: list[str] | None = None) -> int:
                     raise ValueError(f"another run has gone on in {out} meanwhile: try again")
         except BrokenPipeError:  # as in `| head`: see log.run_program
             raise
-        except (ValueError, OSError) as error:  # what was typed is the same for all, a disk is not
-            alone = rank > 0 and dist.is_initialized()
-            if rank > 0 and not alone:
-                # When one process leaves, torchrun ends the others: rank 0 shall say why before.
-                time.sleep(10)
-            fail(2, error, alone)
+        except (ValueError, OSError) as error:
+            if rank > 0:  # rank 0 may say the same, and torchrun then ends this process
+                time.sleep(machine.GRACE)
+            fail(2, error, alone=rank > 0)
         train(run, began, argv)
         if world > 1:
             try:
