@@ -149,14 +149,14 @@ def join_processes(device: torch.device, world: int) -> torch.device:
     return device
 
 
-GRACE = 10  # seconds: in these, when one process has ended, torchrun ends the others
+GRACE = 10  # seconds in which torchrun, once a process has ended, ends the others
 
 
 @contextlib.contextmanager
 def together():
     """Around what the processes of a run do together. OSError if one of them has ended.
 
-    That one has said why. So this one first waits for its own end, in which nothing is left to say.
+    That one has said why, and torchrun then ends this one, too: an error comes only if it does not.
     """
     try:
         yield
