@@ -359,20 +359,26 @@ def test_processes_wait_for_the_first_for_an_hour_at_least(monkeypatch):
     assert waits[0].total_seconds() >= 3600
 
 
-@pytest.mark.parametrize("call", ["all_gather_object", "broadcast"])
-def test_what_is_done_together_fails_in_one_line_when_another_process_has_ended(call, monkeypatch):
+@pytest.mark.parametrize(
+    "call, ask",
+    [
+        ("all_gather_object", lambda: machine.all_see(1, 2)),
+        ("broadcast", lambda: machine.rank_0_decides(True, 2, CPU)),
+    ],
+)
+def test_what_is_done_together_fails_in_one_line_when_another_process_has_ended(
+    call, ask, monkeypatch
+):
     """But not before it had time to say why, and torchrun to end this one. Short memory is ours."""
     errors = [RuntimeError("Connection closed by peer"), RuntimeError("CUDA out of memory")]
     monkeypatch.setattr(machine.dist, call, mock.Mock(side_effect=errors))
     waited = []
     monkeypatch.setattr(machine.time, "sleep", waited.append)
-    arguments = (1, 2) if call == "all_gather_object" else (True, 2, CPU)
-    ask = machine.all_see if call == "all_gather_object" else machine.rank_0_decides
     with pytest.raises(OSError, match="another process .* has ended.*Connection closed by peer"):
-        ask(*arguments)
+        ask()
     assert len(waited) == 1 and waited[0] >= 5
     with pytest.raises(RuntimeError, match="out of memory"):
-        ask(*arguments)
+        ask()
     assert len(waited) == 1
 
 
