@@ -184,6 +184,8 @@ def bench_models(batch: int, device, half: torch.dtype, compiling: bool):
                 block.attn.fused = fused
             name = f"{'fused attention' if fused else 'written-out attention'}, {name_of(dtype)}"
             variants[name] = (stepper(model, images, targets, dtype), batch)
+    model = VisionTransformer(ViTConfig()).to(device)
+    variants[f"{name_of(half)}, dropout 0.1"] = (stepper(model, images, targets, half), batch)
     model = VisionTransformer(config).to(device)
     muon = Muon(optim.parameter_groups(model, 0.05), lr=1e-4, fused=True)
     variants[f"{name_of(half)}, Muon"] = (stepper(model, images, targets, half, muon), batch)
@@ -200,7 +202,7 @@ def bench_models(batch: int, device, half: torch.dtype, compiling: bool):
         wait(device)
         first[what] = time.perf_counter() - began
         variants[f"{name_of(half)}, compiling {what}"] = (step, batch)
-    title = f"(c) the same step, batch {batch}, eager with AdamW unless it says so"
+    title = f"(c) the same step, batch {batch}, eager, AdamW, no dropout unless it says so"
     compare(title, variants, "ms/image", device)
     for what, seconds in first.items():
         row(f"the first step, which compiles {what}", [seconds], "s", first["the blocks"])
