@@ -275,9 +275,8 @@ def follow_data(values: dict, n: int, n_val: int = 0) -> dict:
         values["val_size"] = n_val or max(n // 10, min(n // 4, 20), 1)
     rest = n if n_val else n - values["val_size"]
     if "batch_size" not in values and rest > 0:
-        largest = max(1, rest // 32)
-        batch_size = max(8, 2 ** (largest.bit_length() - 1))
-        values["batch_size"] = min(batch_size, TrainConfig.batch_size, rest)
+        largest = min(max(8, rest // 32), TrainConfig.batch_size)
+        values["batch_size"] = min(2 ** (largest.bit_length() - 1), rest)
         values.setdefault("lr", scaled_lr({}, values["batch_size"]))
     if rest < 10_000:
         values.setdefault("epochs", 100)
@@ -303,7 +302,7 @@ def refuse_hours(config: TrainConfig, vit_config: ViTConfig, device: str, n: int
     work = epochs * n * 3 * vit_config.flops_per_image
     hours = work / 1e11 / 3600
     if config.device == "auto" and device == "cpu" and hours > 1:
-        long = f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:.1f} days"
+        long = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
         raise ValueError(
             f"no accelerator found. {epochs} epochs of {n:,} images are {work:.1e} "
             f"floating-point operations: minutes on a recent GPU, about {long} on a CPU at 100 "

@@ -544,7 +544,7 @@ def test_more_than_an_hour_on_a_cpu_that_nobody_asked_for_is_refused():
     assert "about 3.4 days" in text
     for way in ("--preset demo", "--preset laptop", "--device cpu"):
         assert way in text
-    assert f"{hours(20, 45_000):.0f} hours" in refusal(
+    assert f"{hours(20, 45_000):.1f} hours" in refusal(
         recipe.refuse_hours, TrainConfig(epochs=20), network, "cpu", 45_000
     )
 
@@ -553,7 +553,7 @@ def test_of_a_resumed_run_only_the_epochs_that_are_left_are_counted():
     """A GPU's run may be finished, or only looked at, on a machine without one."""
     config, network = TrainConfig(), ViTConfig()
     text = refusal(recipe.refuse_hours, config, network, "cpu", 45_000, done=280)
-    assert "20 epochs of" in text and f"about {hours(20, 45_000):.0f} hours" in text
+    assert "20 epochs of" in text and f"about {hours(20, 45_000):.1f} hours" in text
     recipe.refuse_hours(config, network, "cpu", 45_000, done=300)
 
 
