@@ -139,30 +139,26 @@ def plot_attention(
 
     Each map is stretched to its own range: the shares themselves differ by a few percent.
     """
-    images, labels, heats, titles = images[:8].cpu(), labels[:8].tolist(), [], []
-    device = next(model.parameters()).device
-    side = model.config.side
-    for image, label in zip(images, labels):  # one by one: all maps of many tokens are gigabytes
+    images, labels = images[:8].cpu(), labels[:8].tolist()
+    device, side = next(model.parameters()).device, model.config.side
+    figure, axes = new_figure(2, len(images), figsize=(1.5 * len(images) + 0.8, 4))
+    for image, label, above, below in zip(images, labels, *axes):  # one by one: maps are large
         x = data.normalize(image[None].to(device), mean, std)
         rollout = attention_rollout(model.attention_maps(x))[0]  # (N, N)
         flow = rollout[0, 1:] if model.config.pool == "cls" else rollout.mean(0)  # (P,)
         flow = (flow - flow.min()) / (flow.max() - flow.min()).clamp(min=1e-6)  # less is rounding
-        heats.append(flow.view(side, side).cpu().numpy())
         with torch.no_grad():
             confidence, answer = model(x)[0].softmax(0).max(0)
         verdict = f"{short(classes[answer], 14)} {confidence:.0%}"
-        titles.append(f"{short(classes[label], 18)}\ntaken for\n{verdict}")
-    figure, axes = new_figure(2, len(images), figsize=(1.5 * len(images) + 0.8, 4))
-    for column, image, heat, text in zip(axes.T, images, heats, titles):
-        show_image(column[0], image, text)
-        grey = image.float().mean(0).numpy()  # (H, W)
-        column[1].imshow(grey, cmap="gray", vmin=0, vmax=255)
+        show_image(above, image, f"{short(classes[label], 18)}\ntaken for\n{verdict}")
+        grey, heat = image.float().mean(0).numpy(), flow.view(side, side).cpu().numpy()  # (H, W)
+        below.imshow(grey, cmap="gray", vmin=0, vmax=255)
         H, W = grey.shape
         extent = (-0.5, W - 0.5, H - 0.5, -0.5)
-        overlay = column[1].imshow(
+        overlay = below.imshow(
             heat, cmap="inferno", vmin=0, vmax=1, alpha=0.6, extent=extent, interpolation="bilinear"
         )
-        column[1].axis("off")
+        below.axis("off")
     bar = figure.colorbar(overlay, ax=axes[1], ticks=[0, 1], shrink=0.8)
     bar.ax.set_yticklabels(["least", "most"])
     figure.suptitle(f"{title}: attention rollout")
