@@ -67,10 +67,6 @@ class Run:
     history: list[dict] = field(default_factory=list)  # a row of log.csv an epoch
     written: dict = field(default_factory=dict)  # what this process has derived from last.pt
 
-    def say(self, text: str):
-        if self.rank == 0:
-            log.say(text)
-
     @property
     def unused(self) -> tuple:
         """The columns of the log that this run has no use for."""
@@ -178,7 +174,7 @@ def validate_epoch(run: Run, row: dict):
 def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     """Everything up to the first step.
 
-    What the user can have got wrong is a ValueError or an OSError in here.
+    Whatever the user got wrong raises a ValueError or an OSError here.
     """
     # the recipe: what was typed, or on resume what was saved
     out = flags.get("out", TrainConfig.out)
@@ -221,8 +217,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         values = recipe.follow_data(values, len(dataset.train_images), n_val)
     config, vit_config = recipe.build_configs(values, len(dataset.classes))
     train_set, val_set = data.hold_out(dataset, config.val_size, config.seed)
-    seen = (done, fingerprint)
-    if not machine.all_see(seen, world):  # on two machines, say, each with a disk of its own
+    if not machine.all_see((done, fingerprint), world):  # on two machines, with two disks, say
         raise ValueError(
             "the processes see different runs or different images: --out must lie on a disk "
             "that all of them share, and --data-dir had better, too"
@@ -337,7 +332,7 @@ def train(run: Run, began: float, argv: list[str] | None):
     """The epochs, and the one look at the test set when they are all done."""
     config = run.config
     seconds, longest_save = [], 0.0
-    saved, out_of_time = -math.inf, False
+    last_save, out_of_time = -math.inf, False
     for epoch in range(run.epoch + 1, config.epochs + 1):
         # train, then validate
         epoch_began = time.monotonic()
@@ -359,17 +354,18 @@ def train(run: Run, began: float, argv: list[str] | None):
             out_of_time = machine.rank_0_decides(over, run.world, run.device)
 
         # save
-        is_due = epoch % config.save_every == 0
-        is_due = is_due and time.monotonic() - saved >= save_pause(run.device)
+        rested = time.monotonic() - last_save >= save_pause(run.device)
+        is_due = epoch % config.save_every == 0 and rested
         if run.rank == 0 and (is_last or out_of_time or is_due):
             save_began = time.monotonic()
             save(run)
-            saved = time.monotonic()
-            longest_save = max(longest_save, saved - save_began)
+            last_save = time.monotonic()
+            longest_save = max(longest_save, last_save - save_began)
 
         # say so
         left = sum(usual) / len(usual) * (config.epochs - epoch)
-        run.say(log.line(row, left, run.unused))
+        if run.rank == 0:
+            log.say(log.line(row, left, run.unused))
         if out_of_time and not is_last:
             if run.rank == 0:
                 log.say(f"out of time: {checkpoint.saved_in(config.out)}")
@@ -389,16 +385,16 @@ def finish(run: Run):
     seen_dir = os.path.realpath(seen.get("data_dir", data_dir))
     look = (seen.get("epoch"), seen.get("epochs_trained"), seen_dir)
     if look == (best["epoch"], run.config.epochs, data_dir):
-        run.say(f"the run in {out}/ is complete, and so is its evaluation")
+        log.say(f"the run in {out}/ is complete, and so is its evaluation")
         return
-    run.say(
+    log.say(
         f"\nbest epoch {best['epoch']}, validation accuracy {best['accuracy']:.2%}; "
         f"now, once, the test set:"
     )
     device = str(run.device)
     evaluate.evaluate(best, out, device=device, dataset=run.dataset, history=run.history)
     example = log.quote(["python", log.program("evaluate.py"), out, "--images"])
-    run.say(f"wrote metrics.json and pictures into {out}/; try {example} PICTURE")
+    log.say(f"wrote metrics.json and pictures into {out}/; try {example} PICTURE")
 
 
 # --- the program ----------------------------------------------------------------------------------
