@@ -8,7 +8,7 @@ Augmentation: what training does to the pixels of an epoch, on whole batches and
 
 Crop, flip and RandAugment draw anew for every image, mixup and cutmix once for a batch. Every
 random function draws from the CPU torch.Generator it is given and from nothing else, so one seed
-gives one batch, on every device. No function writes into its input.
+gives the same draws on every device. No function writes into its input.
 
 Axes:  N images (tokens in vit.py)   B batch   C = 3 channels   H, W image height and width
        K classes
@@ -16,6 +16,7 @@ Axes:  N images (tokens in vit.py)   B batch   C = 3 channels   H, W image heigh
 `python augment.py` draws what all this does to an image.
 """
 
+import argparse
 import math
 import os
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ import data
 
 # --- crop and flip --------------------------------------------------------------------------------
 
-# Values of pixels that one call handles: these stay in a CPU's cache; an accelerator likes few and
+# How many pixel values one call handles: few enough for a CPU's cache; an accelerator likes few and
 # large calls, and all of CIFAR-10 is one.
 CHUNK_ON_CPU, CHUNK_ON_ACCELERATOR = 2**24, 2**28
 
@@ -365,8 +366,6 @@ def epoch_batches(
 
 def main(argv: list[str] | None = None):
     """Draw images through every augmentation, each with several draws, into one picture."""
-    import argparse
-
     os.environ["MPLBACKEND"] = "agg"  # a notebook's may be of a package that is not here
     from matplotlib.figure import Figure
 

@@ -69,12 +69,11 @@ def predict(checkpoint: dict, images: Tensor | list[str] | str, device: str = "a
     """
     if isinstance(images, str | os.PathLike):
         images = [images]
-    if not isinstance(images, Tensor):
-        size = checkpoint["vit"]["image_size"]
-        images = [pictures.open_image(path, size) for path in images]
-        images = torch.stack(images) if images else torch.empty(0)
     if not len(images):
         raise ValueError("no images to classify")
+    if not isinstance(images, Tensor):
+        size = checkpoint["vit"]["image_size"]
+        images = torch.stack([pictures.open_image(path, size) for path in images])
     model = build_model(checkpoint).to(pick_device(device))
     return compute_logits(model, images, checkpoint["mean"], checkpoint["std"]).softmax(1).cpu()
 
@@ -171,16 +170,17 @@ def evaluate(
         known, found = ", ".join(classes), ", ".join(dataset.classes)
         raise ValueError(f"the checkpoint knows the classes {known}; the data have {found}")
     images, labels = dataset.test_images, dataset.test_labels
-    # Others than in training may have been trained on. (A test part of its own comes alone.)
+    # If pictures have come or gone since training, some now set aside for the test may have been
+    # trained on. (Where the test is a folder of its own, no training images are loaded.)
     are_others = len(dataset.train_images) and dataset.fingerprint != checkpoint["fingerprint"]
     if are_others and split == "val":
         raise ValueError(
-            "the training images have changed since: which were held out for validation is lost"
+            "the training images have changed since: which were held out is no longer known"
         )
     if are_others:
         print(
-            "warning: the pictures have changed since: those set aside for the test may be others "
-            "than then, and may have been trained on",
+            "warning: the pictures have changed since training: some that are now set aside for "
+            "the test may have been trained on",
             file=sys.stderr,
         )
     if split == "val":
@@ -189,9 +189,8 @@ def evaluate(
     # the numbers
     model = build_model(checkpoint).to(pick_device(device))
     logits = compute_logits(model, images, mean, std).cpu()
-    metrics = {"split": split, "epoch": checkpoint["epoch"], "epochs_trained": len(history)}
-    metrics["data_dir"] = data_dir
-    metrics |= measure(logits, labels, classes)
+    facts = {"split": split, "epoch": checkpoint["epoch"], "epochs_trained": len(history)}
+    metrics = {**facts, "data_dir": data_dir, **measure(logits, labels, classes)}
     print(describe(metrics), flush=True)
     os.makedirs(out, exist_ok=True)
     suffix = suffix_of(checkpoint, split)

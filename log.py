@@ -165,7 +165,7 @@ def one_line(error: object) -> str:
 
 
 def silence(stream):
-    """Let what is still to be written to it go nowhere."""
+    """Send whatever is still written to this stream to nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

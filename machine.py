@@ -68,9 +68,9 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16: GPUs before Ampere (of AMD, before the MI100 and the
     RX 7000), and x86 CPUs that lack AVX512_BF16, only emulate it.
 
-    A product takes such a CPU twice as long as in float32 with AVX-512 alone
-    (uxlfoundation/oneDNN#493), and 40 to 500 times without (pytorch/pytorch#146508). ARM's CPUs are
-    not asked, and count as without.
+    On such a CPU a product takes twice as long as in float32 where it has AVX-512
+    (uxlfoundation/oneDNN#493), else 40 to 500 times as long (pytorch/pytorch#146508). ARM's CPUs
+    are not asked, and count as without.
     """
     if device.type == "cuda" and torch.version.hip:  # AMD's, whose capability says nothing of it
         name = torch.cuda.get_device_properties(device).gcnArchName
@@ -154,9 +154,10 @@ GRACE = 10  # seconds in which torchrun, once a process has ended, ends the othe
 
 @contextlib.contextmanager
 def together():
-    """Around what the processes of a run do together. OSError if one of them has ended.
+    """Around a call in which the processes of a run wait for each other.
 
-    That one has said why, and torchrun then ends this one, too: an error comes only if it does not.
+    If one of them has ended, it has said why, and torchrun ends this one as well: OSError only if
+    that does not happen.
     """
     try:
         yield
@@ -190,7 +191,7 @@ def rank_0_decides(decision: bool, world: int, device: torch.device) -> bool:
 
 
 def limit_threads():
-    """No more threads than a container has cores' time for (docker run --cpus 2).
+    """Use no more threads than the cores that a container may use (docker run --cpus 2).
 
     PyTorch starts one for every core of the machine. They wait for each other in each operation, so
     dozens that share the time of two cores are many times slower than two (ollama/ollama#17916).
@@ -239,7 +240,7 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory is short. Torch has a type for that on a GPU only: its words tell."""
+    """Whether memory is short. Torch has a type for that on GPUs only: its words are searched."""
     words = (
         "out of memory|allocate memory|storage size calculation overflow|alloc_failed|"
         "not enough memory|invalid buffer size|out_of_device_memory"
@@ -250,7 +251,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def versions(device: torch.device) -> dict:
     """What a number has to be traced to: commit, software, hardware."""
     folder = Path(__file__).resolve().parent
-    # By its name: in a container it is often another user's, which git would not read unasked.
+    # Named outright: in a container it is often another user's, and git would not look there.
     repository = f"--git-dir={folder / '.git'}"
 
     def git(*words: str) -> str:

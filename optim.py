@@ -103,8 +103,8 @@ def build_state(
     ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None
     if compiled:
         # The blocks, not the model: they are alike, so the compiler works once and not depth times.
-        # dynamic=False: else the second batch size would make it compile for any, slower. Own
-        # pictures can come in nine sizes of batches, with those of validation; eight are the limit.
+        # dynamic=False: else a second batch size would be compiled for any size, which is slower.
+        # Own pictures can need nine sizes, counting validation's; torch's limit is eight.
         torch._dynamo.config.recompile_limit = 32
         for block in [*model.blocks, *(ema.blocks if ema else [])]:
             block.compile(dynamic=False)

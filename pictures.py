@@ -26,6 +26,7 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 # PIL is imported where it is used: it is slow to import, and --help need not wait.
 
@@ -49,7 +50,7 @@ def load_folder(data_dir: str, image_size: int, only_test: bool = False) -> tupl
 
     They lie in data_dir/<class>/, or in data_dir/train/<class>/ and data_dir/test/<class>/, perhaps
     with data_dir/val/<class>/. Where there is no test/, a fifth of every class is set aside for it.
-    only_test reads no other part, but those from which the test was set aside.
+    With only_test the other parts are read only where the test is set aside from them.
     """
     if not os.path.isdir(data_dir):
         raise FileNotFoundError(f"no folder {data_dir}: {EXPECTED}")
@@ -182,8 +183,8 @@ def list_images(root: str, passed_over: Counter) -> dict[str, list[str]]:
     if len(images) == 1:
         inside = f"in {folders[0]} {found_in(folders[0])}"
         raise ValueError(f"{root} has a single class, {name}: {inside}; {EXPECTED}")
-    if pictures := sum(is_picture(path) for path in loose):
-        passed_over["outside the class folders"] += pictures
+    if n := sum(is_picture(path) for path in loose):
+        passed_over["outside the class folders"] += n
     return dict(sorted(images.items()))
 
 
@@ -244,7 +245,7 @@ def is_picture(path: str) -> bool:
 def files_in(paths: list[str]) -> list[str]:
     """The files among these, and what lies in the folders among them, in order.
 
-    *.jpg is what matches it, where the shell left that to the program, as on Windows.
+    A pattern such as *.jpg is expanded here where the shell does not do it, as on Windows.
     """
     found = []
     for given in paths:
@@ -309,14 +310,12 @@ def decode(paths: list[str], data_dir: str, image_size: int, is_all: bool) -> Te
     error that names what cannot be read comes last. Where these are not all the pictures of the
     folder, the cache holds the others too: nothing in it is written over.
     """
-    from tqdm import tqdm
-
     images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
     pixels = images.view(len(paths), -1).numpy()
     stamps = [stamp(path, data_dir) for path in paths]
     missing = {key: i for i, key in enumerate(stamps)}
-    cache = os.path.join(data_dir, f".cache-{image_size}.bin")
-    places, end = read_cache(cache, pixels, missing)
+    store = os.path.join(data_dir, f".cache-{image_size}.bin")
+    places, end = read_cache(store, pixels, missing)
     places = itertools.chain(places if is_all else [], range(end, end + len(missing)))
     if not missing:
         return images
@@ -326,7 +325,7 @@ def decode(paths: list[str], data_dir: str, image_size: int, is_all: bool) -> Te
         """What is wrong with the picture, or with its place in the cache, or None."""
         try:
             images[i] = open_image(paths[i], image_size)
-            write_record(cache, place, stamps[i] + pixels[i].tobytes())
+            write_record(store, place, stamps[i] + pixels[i].tobytes())
         except (ValueError, OSError) as error:
             return error
 
@@ -366,7 +365,7 @@ def stamp(path: str, data_dir: str) -> bytes:
 def read_cache(cache: str, pixels: np.ndarray, missing: dict[bytes, int]) -> tuple[list[int], int]:
     """Fill the rows of pixels that are in the cache, and take them from missing: {stamp: row}.
 
-    Returns the numbers of the places in the file that hold none of them, and that of its end.
+    Returns the numbers of the places in the file that hold none of them, and how many it has.
     """
     free, n = [], 0
     try:
@@ -406,14 +405,14 @@ def open_image(path: str, image_size: int) -> Tensor:
     """
     from PIL import ExifTags, Image, PngImagePlugin
 
-    # Pillow's own limits, 89 million pixels and 1 MB of text, refuse pictures that there are.
+    # Pillow's own limits, 89 million pixels and 1 MB of text, are too low for real pictures.
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("it is no file that can be read")  # a pipe would be waited for
         with open(path, "rb") as file:
-            if file.read(22) == b"version https://git-lf":
+            if file.read(23) == b"version https://git-lfs":
                 raise ValueError("it is a Git-LFS pointer to the picture: run git lfs pull")
         with Image.open(path, formats=readable_formats()) as image:
             # A JPEG scales itself by 2, 4 or 8 while it is read: to twice what is needed at least.

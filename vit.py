@@ -245,7 +245,8 @@ class DropPath(nn.Module):
     def __init__(self, rate: float):
         super().__init__()
         self.is_off = rate == 0
-        # As a tensor, one compiled block serves all; a number in Python would be compiled into it.
+        # As a tensor, one compiled block serves every rate above 0; a Python number would be
+        # compiled into it.
         # Not persistent: state dicts hold timm's names and no others.
         self.register_buffer("keep", torch.tensor(1.0 - rate), persistent=False)
 
