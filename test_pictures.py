@@ -187,6 +187,16 @@ def test_parts_may_be_written_with_a_capital(tmp_path):
     assert got.classes == ["cat", "dog"] and torch.equal(got.train_images, train)
 
 
+def test_a_part_with_a_capital_and_without_is_refused(tmp_path):
+    """One of the two would be left out without a word. Of classes both are kept."""
+    make_folder(tmp_path / "parts")
+    make_part(tmp_path / "parts" / "Train", {"cat": 1, "dog": 1})
+    make_part(tmp_path / "classes", {"Cat": 2, "cat": 2})
+    if not (tmp_path / "PARTS").exists():  # macOS and Windows cannot have both
+        assert "has a folder twice, but for capital letters" in refused(tmp_path / "parts")
+        assert load_folder(tmp_path / "classes").classes == ["Cat", "cat"]
+
+
 def test_a_missing_folder_is_named_with_what_it_should_hold(tmp_path):
     message = refused(tmp_path / "nowhere", FileNotFoundError)
     assert str(tmp_path / "nowhere") in message and "<class>/" in message
