@@ -626,6 +626,18 @@ def test_cutmix_pastes_the_image_before_at_the_same_place(size, seed):
     assert torch.equal(mixed, torch.where(kept, images, previous)) and not kept.all()
 
 
+@pytest.mark.parametrize("share", [0.81, 0.87, 0.9, 0.95, 0.98])
+def test_a_whole_cutmix_box_has_its_sides_to_within_a_pixel(share):
+    """sqrt(1 - lambda) of the image's: the largest of 50 boxes, which no border cuts."""
+    generator, images, boxes = rng(0), one_hot_images(2, 33, 47), []
+    with with_share(share):
+        for _ in range(50):
+            top, bottom, left, right = box_of(augment.cutmix(*images, 1.0, generator)[0])
+            boxes.append((bottom - top, right - left))
+    for side, found in zip((33, 47), map(max, zip(*boxes))):
+        assert abs(found - side * math.sqrt(1 - share)) <= 1
+
+
 def test_cutmix_boxes_are_centred_on_every_pixel_and_cut_at_the_border():
     """lambda 3/4 at 8 x 12: half of either side, so 4 x 6 around each of 96 centres, clipped.
     3,000 draws miss one of 96 equally likely boxes with a chance below 96 exp(-31) = 3e-12."""
@@ -802,14 +814,24 @@ def test_the_stated_share_of_the_batches_is_mixed(share):
     assert abs(mixed - 300 * share) <= 6 * math.sqrt(300 * share * (1 - share))
 
 
-def test_the_whole_policy_reaches_the_augmentation(monkeypatch):
-    """The fill of RandAugment is black or the mean colour, in 0..255."""
+def test_labels_are_smoothed_to_the_last_epoch():
+    """Also in those that are no longer mixed."""
+    config = TrainConfig(batch_size=6, epochs=2, mix_until=0.5, label_smoothing=0.3)
+    for _, targets in epoch_batches(config, 2):
+        assert targets.amax(1).tolist() == pytest.approx([0.8] * 6)
+        assert targets.amin(1).tolist() == pytest.approx([0.1] * 6)
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_the_whole_policy_reaches_the_augmentation_of_every_epoch(epoch, monkeypatch):
+    """The fill of RandAugment is black or the mean colour, in 0..255. Mixing ends after epoch 1."""
     seen = []
     spy = lambda images, *policy: seen.append(policy[:-1]) or images  # noqa: E731
     monkeypatch.setattr(augment, "augment", spy)
     for fill in ("black", "mean"):
         policy = {"randaugment_magnitude": 7, "randaugment_prob": 0.25, "randaugment_fill": fill}
-        epoch_batches(TrainConfig(batch_size=6, crop="resized", randaugment_ops=3, **policy))
+        policy |= {"crop": "resized", "randaugment_ops": 3}
+        epoch_batches(TrainConfig(batch_size=6, epochs=2, mix_until=0.5, **policy), epoch)
     assert seen[0] == ("resized", 3, 7, 0.25, None)
     assert seen[1][:4] == ("resized", 3, 7, 0.25)
     assert seen[1][4] == pytest.approx((0.4 * 255, 0.45 * 255, 0.5 * 255))

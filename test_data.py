@@ -10,6 +10,7 @@ uint8 compared to the bit.
 
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import io
 import itertools
@@ -17,6 +18,7 @@ import json
 import os
 import pickle
 import socket
+import sys
 import tarfile
 import threading
 import time
@@ -219,10 +221,11 @@ def test_runs_that_start_together_unpack_a_tarball_once(folder, tmp_path, monkey
 def test_a_server_that_falls_silent_is_not_waited_for_for_ever(tmp_path, monkeypatch):
     """It sends half of the file and no more, over a real connection."""
     real, asked = socket.setdefaulttimeout, []
+    real(7)  # somebody else's, to be put back
 
     def soon(seconds):
         asked.append(seconds)
-        real(seconds and 0.2)
+        real(0.2 if seconds == 60 else seconds)
 
     monkeypatch.setattr(socket, "setdefaulttimeout", soon)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -241,7 +244,19 @@ def test_a_server_that_falls_silent_is_not_waited_for_for_ever(tmp_path, monkeyp
             data.load("cifar10", str(tmp_path / "new"), 32, download_url=url)
         released.set()
         thread.join()
-    assert asked == [60, None] and socket.getdefaulttimeout() is None
+    assert asked == [60, 7] and socket.getdefaulttimeout() == 7
+    real(None)
+
+
+def test_where_there_are_no_locks_a_download_does_not_wait(tmp_path, monkeypatch):
+    """On some network drives, and on Windows."""
+    refuse = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with data.one_at_a_time(str(tmp_path)):
+        assert refuse.called
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with data.one_at_a_time(str(tmp_path)):
+        pass
 
 
 def test_a_download_that_fails_leaves_no_folder_behind(tmp_path, monkeypatch):
@@ -271,6 +286,12 @@ def test_the_test_part_of_cifar_comes_alone_too(dataset, tmp_path, monkeypatch, 
     got = data.load(dataset, str(tmp_path), 32, only_test=True)
     assert torch.equal(got.test_images, test) and torch.equal(got.test_labels, labels)
     assert got.train_images.shape == (0, 3, 32, 32) and got.train_labels.shape == (0,)
+
+
+def test_the_test_part_of_the_shapes_comes_alone_too():
+    got, whole = data.load("shapes", "", 4, only_test=True), data.load("shapes", "", 4)
+    assert torch.equal(got.test_images, whole.test_images)
+    assert got.train_images.shape == (0, 3, 4, 4)
 
 
 # ---- 2 Split, statistics, normalise ----
@@ -362,6 +383,11 @@ def test_a_split_that_leaves_a_part_empty_is_refused_with_both_numbers(val_size)
         data.split(torch.tensor([0] * 4 + [1] * 6), val_size, 0)
 
 
+def test_of_one_image_a_class_one_is_left_to_train_on():
+    with pytest.raises(ValueError, match="between 1 and 9 .*10 training.*got 10"):
+        data.split(torch.arange(10), 10, 0)
+
+
 def test_a_split_may_keep_a_single_image_on_either_side():
     one_class, all_different = torch.zeros(10, dtype=torch.int64), torch.arange(10)
     for labels in (one_class, all_different):
@@ -407,6 +433,13 @@ def test_a_channel_of_one_value_is_normalised_to_zero(tmp_path):
 
 def test_one_pixel_is_the_smallest_picture():
     assert data.load("shapes", "", 1).test_images.shape == (2_000, 3, 1, 1)
+
+
+def test_statistics_are_of_the_last_images_too():
+    """They are summed by the thousand."""
+    images = torch.zeros(1_001, 3, 1, 1, dtype=torch.uint8)
+    images[-1] = 255
+    assert data.channel_statistics(images)[0] == pytest.approx((1 / 1_001,) * 3)
 
 
 @given(sizes, seeds)

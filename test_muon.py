@@ -158,6 +158,14 @@ def test_muon_steps_as_torchs_own_does(shape):
     assert (ours - start).abs().max() > 0.1 > 10 * (ours - theirs).abs().max()
 
 
+def test_a_step_leaves_no_gradient_in_muons_matrices():
+    """AdamW, whose step comes after, would move them as well."""
+    parameters, _ = two_copies(0)
+    set_gradients(parameters, 0, 0)
+    muon_of(parameters).step()
+    assert [parameter.grad is None for parameter in parameters] == [True] * 3 + [False] * 2
+
+
 @pytest.mark.parametrize("missing", [(0,), (1, 3), (0, 1, 2), (4,), (0, 1, 2, 3, 4)])
 def test_what_has_no_gradient_stays_as_it_is_and_the_rest_moves_as_if_alone(missing):
     """A learner takes a part out of the forward pass, and trains what is left."""

@@ -2236,10 +2236,11 @@ class PretendedGPU(TorchFunctionMode):
 
     As on a real one, a call with tensors of both kinds is refused, unless one is a single number.
     `waits` lists the calls for which the CPU would wait for the GPU: what reads from it, and what
-    copies to it (from ordinary memory).
+    copies to it (from ordinary memory). `asked` lists the devices whose autocast and loss scale
+    the program wanted.
     """
 
-    waits = ()
+    waits, asked = (), ()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         def is_there(tensor):  # storages bear the mark, so that views share it
@@ -2284,8 +2285,14 @@ def gpu(monkeypatch):
     def group(*args, real=torch._C._group_tensors_by_device_and_dtype):
         return {(found[0][0][0].device, key[1]): found for key, found in real(*args).items()}
 
+    pretended = PretendedGPU()
+
     def on_cpu(real):
-        return lambda device, *args, **kwargs: real("cpu", *args, **kwargs)
+        def answer(device, *args, **kwargs):
+            pretended.asked += (device,)
+            return real("cpu", *args, **kwargs)
+
+        return answer
 
     monkeypatch.setattr(torch._C, "_group_tensors_by_device_and_dtype", group)
     monkeypatch.setattr(torch, "autocast", on_cpu(torch.autocast))
@@ -2296,7 +2303,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(machine, "can_compile", lambda device: False)
     monkeypatch.setattr(train, "save_pause", lambda device: 0.0)
-    return PretendedGPU()
+    return pretended
 
 
 def test_the_pretended_gpu_keeps_tensors_apart_and_sees_who_waits(gpu):
@@ -2336,6 +2343,7 @@ def test_a_run_on_a_gpu_mixes_no_devices_and_resumes_to_the_bits_of_a_cpu(gpu, f
     with monkeypatch.context() as patch:
         patch.setattr(MultiHeadAttention, "fused", True)  # as it is on a GPU by itself
         assert run(*flags, out="cpu") == 0
+    gpu.asked = ()
     with gpu:
         assert run(*flags, "--device", "cuda") == 0
         assert run(*flags, "--device", "cuda", "--max-minutes", 1e-6, out="stopped") == 0
@@ -2346,6 +2354,7 @@ def test_a_run_on_a_gpu_mixes_no_devices_and_resumes_to_the_bits_of_a_cpu(gpu, f
         assert evaluate.main(["out/best.pt", "--split", "val", "--device", "cuda"]) == 0
         assert len(gpu.waits) > seen  # it was there
         assert Path("out/attention_val.png").exists() and Path("out/positions.png").exists()
+    assert set(gpu.asked) == {"cuda"}  # of another, all would go on in float32
     assert difference(outcome("out/last.pt"), outcome("cpu/last.pt")) is None
     assert difference(outcome("stopped/last.pt"), outcome("cpu/last.pt")) is None
 

@@ -602,6 +602,13 @@ def test_attention_worked_by_hand():
     close(output, torch.tensor([[10, 20 * e, 1 + e]], dtype=torch.float64) / (1 + e))
 
 
+def test_attention_does_not_overflow_in_float16():
+    """q k = 64 x 40 x 40 is above its largest number, 65,504: what is divided by sqrt(64) is q."""
+    x = torch.full((2, 64), 40.0, dtype=torch.float16)
+    output, weights = attention(x, x, x)
+    assert torch.equal(weights, torch.full_like(weights, 0.5)) and torch.equal(output, x)
+
+
 @given(configs(), seeds)
 def test_attention_weights_are_a_distribution_over_keys(config, seed):
     """Rows are at least 0 and sum to 1. (Documents; the oracles decide.)"""
@@ -644,12 +651,13 @@ def test_the_fused_path_equals_the_explicit_path_forward_and_backward(config, ba
     close(*results)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     "fused, device, expected",
     [(None, "cpu", False), (None, "meta", True), (True, "cpu", True), (False, "meta", False)],
 )
 def test_left_alone_the_fused_call_serves_accelerators_and_the_formula_a_cpu(
-    fused, device, expected, monkeypatch
+    fused, device, expected, bias, monkeypatch
 ):
     """The meta device, which computes shapes only, stands in for the accelerator."""
     calls, fused_call = [], F.scaled_dot_product_attention
@@ -659,7 +667,7 @@ def test_left_alone_the_fused_call_serves_accelerators_and_the_formula_a_cpu(
         return fused_call(*args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", recorder)
-    layer = MultiHeadAttention(ViTConfig()).to(device)
+    layer = MultiHeadAttention(ViTConfig(relative_position_bias=bias)).to(device)
     assert layer.fused is None
     layer.fused = fused
     layer(torch.zeros(1, 65, 192, device=device))
@@ -699,11 +707,14 @@ def test_attention_maps_are_the_weights_the_forward_pass_uses(fused, config, bat
 
 
 def test_asking_for_attention_maps_leaves_no_trace():
-    """The same logits before and after, bit for bit, and no gradient graph kept alive."""
+    """The same logits before and after, bit for bit, the same mode, and no gradient graph."""
     config, g = ViTConfig(depth=2), generator(0)
     model, images = scrambled(VisionTransformer(config), g), draw_images(config, 2, g)
     before, maps, after = model(images), model.attention_maps(images), model(images)
     assert torch.equal(before, after) and not maps.requires_grad
+    for training in (True, False):
+        model.train(training).attention_maps(images)
+        assert {module.training for module in model.modules()} == {training}
 
 
 @given(configs(), seeds)
@@ -1283,6 +1294,18 @@ def test_the_tour_fits_a_screen_of_24_lines_and_100_columns(capsys):
     """A tour that scrolls away is not one."""
     lines = tour(capsys)
     assert len(lines) <= 24 and max(map(len, lines)) <= 100
+
+
+def test_the_tour_shows_what_goes_into_a_module_and_what_comes_out(capsys):
+    text = " ".join(" ".join(tour(capsys)).split())
+    for row in (
+        "patch_embed PatchEmbedding (1, 3, 32, 32) -> (1, 64, 192)",
+        "blocks.0.attn.qkv Linear (1, 65, 192) -> (1, 65, 576)",
+        "blocks.0.mlp.fc2 Linear (1, 65, 768) -> (1, 65, 192)",
+        "head Linear (1, 192) -> (1, 10)",
+        "cls_token (1, 1, 192) and pos_embed (1, 65, 192)",
+    ):
+        assert row in text
 
 
 def test_the_rows_of_the_tour_add_up_to_its_totals(capsys):
