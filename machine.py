@@ -145,7 +145,8 @@ def join_processes(device: torch.device, world: int) -> torch.device:
         # each other in vain when a laptop changes its network.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
     wait = timedelta(hours=3)  # while rank 0 downloads, decodes or evaluates
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
+    with together():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
     return device
 
 

@@ -123,6 +123,7 @@ def test_the_dtype_is_the_fastest_one_that_the_device_really_has(monkeypatch):
         ("gfx908", torch.bfloat16),  # MI100
         ("gfx90a:sramecc+:xnack-", torch.bfloat16),  # MI200
         ("gfx942", torch.bfloat16),
+        ("gfx950", torch.bfloat16),  # MI350
         ("gfx1100", torch.bfloat16),  # RX 7900
         ("gfx1201", torch.bfloat16),
         ("gfx906", torch.float16),  # Radeon VII
@@ -241,9 +242,10 @@ def test_compiling_that_was_asked_for_and_fails_is_an_error(monkeypatch):
         ("lo0 en0", "3", "", "lo0"),
         ("lo eth0", "3", "eth0", "eth0"),
         ("lo eth0", "2", "", ""),
+        ("lo eth0", "", "", ""),
         ("eth0", "3", "", ""),
     ],
-    ids=["Linux", "macOS", "as the user says", "others are elsewhere", "no loopback"],
+    ids=["Linux", "macOS", "as the user says", "others are elsewhere", "unknown", "no loopback"],
 )
 def test_processes_of_one_machine_talk_where_a_change_of_its_network_cannot_part_them(
     found, local, typed, used, monkeypatch
@@ -254,10 +256,10 @@ def test_processes_of_one_machine_talk_where_a_change_of_its_network_cannot_part
     monkeypatch.setattr(socket, "if_nameindex", lambda: list(enumerate(found.split(), 1)))
     init = lambda *_, **__: seen.append(os.environ.get(name, ""))  # noqa: E731
     monkeypatch.setattr(machine.dist, "init_process_group", init)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    monkeypatch.setenv(name, typed)
-    if not typed:
-        monkeypatch.delenv(name)
+    for variable, value in (("LOCAL_WORLD_SIZE", local), (name, typed)):
+        monkeypatch.setenv(variable, value)
+        if not value:
+            monkeypatch.delenv(variable)
     machine.join_processes(CPU, 3)
     assert seen == [used]
 
@@ -362,6 +364,7 @@ def test_processes_wait_for_the_first_for_an_hour_at_least(monkeypatch):
 @pytest.mark.parametrize(
     "call, ask",
     [
+        ("init_process_group", lambda: machine.join_processes(CPU, 2)),
         ("all_gather_object", lambda: machine.all_see(1, 2)),
         ("broadcast", lambda: machine.rank_0_decides(True, 2, CPU)),
     ],
@@ -380,6 +383,17 @@ def test_what_is_done_together_fails_in_one_line_when_another_process_has_ended(
     with pytest.raises(RuntimeError, match="out of memory"):
         ask()
     assert len(waited) == 1
+
+
+@pytest.mark.parametrize(
+    "seen, same", [("aaa", True), ("aba", False), ("aab", False), ("baa", False)]
+)
+def test_all_processes_see_the_same_only_if_each_of_them_does(seen, same, monkeypatch):
+    def gather(found, mine):
+        found[:] = seen
+
+    monkeypatch.setattr(machine.dist, "all_gather_object", gather)
+    assert machine.all_see("a", 3) is same
 
 
 @pytest.mark.parametrize("rank_0", [False, True])
