@@ -111,7 +111,7 @@ def plot_curves(path: str, history: list[dict], title: str):
     curve(axes[2], "lr", "at the end of the epoch")
     for axis, name in zip(axes, ("cross-entropy loss", "accuracy (%)", "learning rate")):
         axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axis.set_title(name)
         axis.grid(alpha=0.3)
         if axis.lines:

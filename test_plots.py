@@ -9,6 +9,7 @@ import os
 
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from PIL import Image, ImageChops
 
 import data
@@ -94,6 +95,10 @@ def test_the_data_are_called_what_they_are_and_a_folder_by_its_own_name():
     assert names == ["cifar10", "shapes", "pets"]
 
 
+def test_a_name_that_is_cut_says_so():
+    assert plots.short("ab", 2) == "ab" and plots.short("abc", 2) == "a…"
+
+
 def test_the_picture_of_the_confusion_matrix_shows_shares_of_the_true_class(axes):
     """A row is a true class and sums to 1, or to 0 for one that never occurs; counts are written
     into their squares."""
@@ -105,6 +110,10 @@ def test_the_picture_of_the_confusion_matrix_shows_shares_of_the_true_class(axes
     close(shown(axis.images[0]).float(), expected, 1e-6)
     counts = {text.get_position(): int(text.get_text()) for text in axis.texts}
     assert counts == {(j, i): n for i, row in enumerate(confusion) for j, n in enumerate(row) if n}
+    for text in axis.texts:
+        x, y = text.get_position()
+        square = sum(axis.images[0].cmap(expected[y, x].item())[:3]) / 3
+        assert abs(square - sum(to_rgb(text.get_color())) / 3) > 0.4  # it can be read
     for labels in (axis.get_xticklabels(), axis.get_yticklabels()):
         assert [label.get_text() for label in labels] == metrics["classes"]
     assert "true" in axis.get_ylabel() and "predicted" in axis.get_xlabel()
@@ -154,6 +163,27 @@ def test_the_curves_are_the_columns_of_the_log_and_accuracies_are_percent(axes):
     assert "loss" in axes[0].get_title() and "%" in axes[1].get_title()
 
 
+def test_the_curves_of_one_epoch_can_be_seen(axes):
+    """A line through a single point is none."""
+    row = {"epoch": 1, "lr": 0.1, "train_loss": 2.5, "val_loss": 2.0, "val_accuracy": 0.2}
+    plots.plot_curves("", [row], "pets")
+    for axis in axes:
+        assert axis.lines and all(line.get_marker() not in ("None", None) for line in axis.lines)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_curves_say_which_is_which_and_of_what_they_are(epochs, axes):
+    """And an epoch is a whole number."""
+    row = {"lr": 0.1, "train_loss": 2.5, "val_loss": 2.0}
+    rows = [{"epoch": 1 + i, **row} for i in range(epochs)]
+    plots.plot_curves("", rows, "pets")
+    assert all(tick == round(tick) for axis in axes[::2] for tick in axis.get_xticks())
+    for axis in (axes[0], axes[2]):
+        named = [text.get_text() for text in axis.get_legend().get_texts()]
+        assert named == [line.get_label() for line in axis.lines]
+    assert "pets" in axes[0].figure.get_suptitle()
+
+
 def test_attention_rollout_is_the_product_of_half_attention_half_identity():
     """The product over blocks, last one leftmost, of (mean over heads + 1) / 2, in loops."""
     L, B, h, N = 3, 2, 4, 5
@@ -193,11 +223,15 @@ def test_the_attention_picture_is_hottest_where_the_rollout_is_highest(pool, axe
         close(shown(heat).float().flatten(), (flow - flow.min()) / (flow.max() - flow.min()), 1e-4)
         assert shown(heat).min() == 0 and shown(heat).max() == 1
         assert heat.get_extent() == grey.get_extent() and heat.get_clim() == (0, 1)
+        close(shown(grey).double(), images[i].double().mean(0), 1e-3)
         assert sum(heat.cmap(1.0)[:3]) > sum(heat.cmap(0.0)[:3])  # the most is bright
         answer = probabilities.argmax().item()
         is_called, taken_for = original.get_title().split("\ntaken for\n")
         assert is_called == classes[labels[i]]
         assert taken_for == f"{classes[answer]} {probabilities[answer]:.0%}"
+    *_, bar = axes[0].figure.axes
+    ends = zip(bar.get_yticks(), bar.get_yticklabels(), strict=True)
+    assert [(at, end.get_text()) for at, end in ends] == [(0, "least"), (1, "most")]
 
 
 def test_the_attention_of_pictures_is_computed_one_by_one_and_of_eight_at_most(axes, monkeypatch):
