@@ -129,7 +129,7 @@ def test_a_file_is_whole_on_the_disk_before_it_takes_the_place_of_the_old_one(mo
 
 
 def test_what_a_killed_write_has_left_is_no_obstacle():
-    Path("a.pt.tmp").write_bytes(b"hal")
+    Path("a.pt.tmp").write_bytes(b"half of something longer")
     checkpoint.write_atomically("a.pt", b"whole")
     assert tree() == {"a.pt": b"whole"}
 
@@ -346,6 +346,7 @@ DAMAGE = {  # what is done to a good checkpoint, given its path, and what is sai
     "an impossible network": (edited(lambda c: c["vit"].update(dim=7)), "whole model"),
     "an unknown network": (edited(lambda c: c["vit"].update(registers=4)), "whole model"),
     "no model": (edited(lambda c: c.pop("model")), "whole model"),
+    "a weight missing": (edited(lambda c: c["model"].pop("head.bias")), "whole model"),
     "no classes": (edited(lambda c: c.pop("classes")), "(classes)"),
     "no fingerprint, no epoch": (
         edited(lambda c: (c.pop("epoch"), c.pop("fingerprint"))),
@@ -614,4 +615,11 @@ def test_where_there_are_no_locks_a_run_goes_on_without(monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     os.close(checkpoint.lock("out"))
     monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert checkpoint.lock("out") is None
+
+
+def test_where_no_lock_file_can_be_opened_a_run_goes_on_without(monkeypatch):
+    os.mkdir("out")
+    refuse = mock.Mock(side_effect=OSError(errno.EOPNOTSUPP, "Operation not supported"))
+    monkeypatch.setattr(os, "open", refuse)
     assert checkpoint.lock("out") is None

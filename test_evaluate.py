@@ -397,6 +397,15 @@ def test_the_pictures_are_named_after_the_data_and_show_images_from_all_over_the
     assert torch.equal(seen[2][0], dataset.test_images)  # of few images all
 
 
+def test_pictures_that_have_moved_are_called_by_where_they_are(monkeypatch):
+    titles = []
+    monkeypatch.setattr(plots, "plot_positions", lambda path, model, title: titles.append(title))
+    best = make_checkpoint(DATASET.classes)
+    best["train"] |= {"dataset": "folder", "data_dir": "my/pets"}
+    evaluate.evaluate(best, "out", data_dir="their/dogs", device="cpu", dataset=DATASET)
+    assert titles == ["dogs"]
+
+
 def test_the_validation_split_of_changed_pictures_is_refused(plain):
     """The same number of them in another order: most of the split was trained on."""
     best = checkpoint.load_checkpoint(str(plain / "best.pt"))
@@ -470,6 +479,17 @@ def test_only_the_validation_split_needs_the_training_images(plain, monkeypatch)
     assert asked == [True, False]
 
 
+def test_a_mirror_that_the_run_used_is_asked_again(monkeypatch):
+    """Else a result could not be tested where the original is out of reach."""
+    asked = []
+    load = lambda *args, **_: asked.append(args) or DATASET  # noqa: E731
+    monkeypatch.setattr(data, "load", load)
+    best = make_checkpoint(DATASET.classes)
+    best["train"]["download_url"] = "http://mirror"
+    evaluate.evaluate(best, "out", device="cpu")
+    assert asked == [("shapes", "data", 8, "http://mirror")]
+
+
 def test_data_that_have_moved_are_named_with_the_flag_that_says_where_they_are(plain, capsys):
     """Not only what is missing, but what to do."""
     best = torch.load(plain / "best.pt", weights_only=True)
@@ -531,6 +551,15 @@ def test_without_a_word_the_program_looks_where_train_py_writes(plain, capsys):
         assert line.endswith(f"no checkpoint at out/best.pt{told}")
 
 
+def test_a_checkpoint_may_lie_where_the_user_stands(plain, monkeypatch, here):
+    """Named without a folder: the results go beside it."""
+    shutil.copytree(plain, "out")
+    os.remove("out/metrics.json")
+    monkeypatch.chdir("out")
+    assert program("best.pt", "--device", "cpu") == 0
+    assert Path("metrics.json").read_bytes() == (plain / "metrics.json").read_bytes()
+
+
 def test_a_look_at_the_last_weights_leaves_that_at_the_best_ones_alone(plain, monkeypatch):
     """Numbers and pictures lie beside those of the run's own result. (Only the curves, of the same
     log, are drawn again.)"""
@@ -570,6 +599,16 @@ def test_a_look_at_other_images_does_not_replace_that_at_the_test_set(plain, cap
         assert program(*beside, "--data-dir", "elsewhere", "--device", "cpu") == 0
 
 
+def test_a_look_at_other_images_replaces_none_in_a_folder_of_its_own_either(plain, capsys):
+    for name in ("elsewhere", "a third"):
+        os.mkdir(name)
+    words = (plain, "--out", "new", "--device", "cpu", "--data-dir")
+    assert program(*words, "elsewhere") == 0
+    before = tree()
+    assert program(*words, "a third") == 2 and tree() == before
+    assert "new/metrics.json is of the images in elsewhere" in capsys.readouterr().err
+
+
 def test_a_look_from_one_run_does_not_replace_that_of_another(plain, capsys):
     """Nor is it drawn among the pictures that a run learns from."""
     for out in ("out", "other", "begun"):
@@ -592,6 +631,13 @@ def test_a_look_from_one_run_does_not_replace_that_of_another(plain, capsys):
     for _ in range(2):
         assert program("out", "--out", "new", "--device", "cpu") == 0
     assert program(plain, "--out", "data/new", "--device", "cpu") == 0  # no pictures there
+
+
+def test_the_runs_own_folder_by_another_path_is_no_other_runs(plain):
+    shutil.copytree(plain, "out")
+    os.symlink("out", "link")
+    for way in ("./out/", "link", os.path.abspath("out")):
+        assert program("out", "--out", way, "--device", "cpu") == 0
 
 
 def test_a_tilde_that_the_shell_left_is_the_home_folder(plain, monkeypatch):

@@ -424,6 +424,11 @@ def test_a_bar_leaves_no_thread_that_the_end_would_wait_for():
     assert done.returncode == 0 and done.stdout == b"1\n"
 
 
+def test_a_message_is_one_line_whatever_breaks_it():
+    """A file name may hold a carriage return."""
+    assert log.one_line("a\rb\n c  d\u2028e") == "a b c  d e"
+
+
 def test_a_bug_keeps_its_traceback():
     done = start("print('said')\nraise KeyError('x')")
     assert done.returncode == 1 and b"KeyError: 'x'" in done.stderr and done.stdout == b"said\n"

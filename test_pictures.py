@@ -69,7 +69,7 @@ def test_a_folder_comes_back_pixel_by_pixel_with_its_labels(tmp_path):
     assert got.val_images is None and got.val_labels is None
 
 
-@pytest.mark.parametrize("name", ["val", "valid"])
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_a_validation_part_of_ones_own_is_used_as_it_is(name, tmp_path):
     train, test = make_folder(tmp_path)
     val = make_part(tmp_path / name, {"cat": 2, "dog": 1}, seed=2)
@@ -120,6 +120,16 @@ def test_what_is_set_aside_stays_so_when_pictures_are_added(tmp_path):
         write_picture(tmp_path / f"cat/new{i}.png", image)
     after = load_folder(tmp_path)
     assert (bag(before.test_images) - bag(after.test_images)).total() <= 2
+
+
+def test_what_is_set_aside_is_the_same_by_whatever_path(tmp_path, monkeypatch):
+    """Relative, absolute, and moved: else what was trained on would be in the test."""
+    make_part(tmp_path / "pets", {"cat": 20, "dog": 20})
+    monkeypatch.chdir(tmp_path)
+    found = [load_folder(root).test_images for root in ("pets", "./pets/", tmp_path / "pets")]
+    os.rename("pets", "animals")
+    found.append(load_folder("animals").test_images)
+    assert all(torch.equal(images, found[0]) for images in found)
 
 
 def test_the_same_pictures_are_set_aside_on_every_system(monkeypatch):
@@ -316,6 +326,7 @@ def test_copies_of_pictures_are_counted_in_every_part(tmp_path, capsys):
         (("seg_train/seg_train/sea", "seg_test/seg_test/sea"), "seg_test, seg_train"),
         (("training_set/training_set/cats", "test_set/test_set/cats"), "test_set, training_set"),
         (("train2017/1", "val2017/1"), "train2017, val2017"),  # COCO
+        (("train_data/cat/0", "test-images/cat/0"), "test-images, train_data"),
         (("train/cat/0", "train/dog/0", "testing/cat/0", "testing/dog/0"), "testing"),
         (("Training/cat/0", "Training/dog/0", "Testing/cat/0"), "testing, training"),
         (("seg_train/cat/0", "seg_test/cat/0", "seg_pred/0"), "seg_pred, seg_test, seg_train"),
@@ -457,6 +468,11 @@ def test_an_accent_in_one_character_or_in_two_is_the_same_class(tmp_path):
     assert got.classes == [one, "tea"] and got.train_labels.tolist() == [0, 0, 0, 1]
 
 
+def test_one_class_in_two_spellings_of_its_accent_is_a_single_class(tmp_path):
+    make_part(tmp_path, {"caf\u00e9": 3, "cafe\u0301": 3})
+    assert "single class" in refused(tmp_path)
+
+
 def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
     """Bytes of an old zip, say: it could be trained on, and not be printed or drawn."""
     make_folder(tmp_path)
@@ -506,6 +522,14 @@ def test_pictures_of_any_mode_become_their_red_green_and_blue(name, picture, exp
     assert np.array_equal(opened(picture, tmp_path / "a.png"), expected)
 
 
+@pytest.mark.parametrize("suffix", [".tiff", ".jpg"])
+def test_a_picture_in_the_inks_of_a_printer_has_the_colours_it_shows(suffix, tmp_path):
+    """CMYK: 255 - ink where there is no black, and not the inks themselves, a negative."""
+    colours = COLOURS if suffix == ".tiff" else np.full((6, 6, 3), (200, 90, 30), np.uint8)
+    got = opened(Image.fromarray(colours).convert("CMYK"), tmp_path / f"a{suffix}")
+    assert np.abs(got.transpose(1, 2, 0).astype(int) - colours).max() <= 2 * (suffix == ".jpg")
+
+
 @pytest.mark.parametrize("suffix", [".png", ".pgm", ".tiff", "big-endian.tiff"])
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
 def test_sixteen_bits_of_grey_are_scaled_by_the_range_that_is_there(bits, suffix, tmp_path):
@@ -532,7 +556,7 @@ def test_pictures_without_a_known_white_are_refused_by_their_path(levels, tmp_pa
         opened(Image.fromarray(levels), tmp_path / "a.tiff")
 
 
-@pytest.mark.parametrize("suffix", [".png", ".tiff", ".webp"])
+@pytest.mark.parametrize("suffix", [".png", ".tiff", ".webp", ".tga"])
 def test_transparent_pixels_are_painted_over_white(suffix, tmp_path):
     """alpha c + (1 - alpha) 255, to one level; what lies hidden below is often noise."""
     alpha = GREY.copy()
@@ -645,7 +669,9 @@ def test_a_damaged_note_about_the_camera_costs_no_picture(tmp_path):
             assert (opened(Image.new("RGB", (6, 6), (9, 9, 9)), path, exif=note) == 9).all()
 
 
-@pytest.mark.parametrize("size, S", [((480, 640), 16), ((640, 480), 24), ((333, 777), 10)])
+@pytest.mark.parametrize(
+    "size, S", [((480, 640), 16), ((640, 480), 24), ((333, 777), 10), ((640, 480), 100)]
+)
 def test_a_jpeg_that_scales_itself_while_it_is_read_loses_nothing_visible(size, S, tmp_path):
     """Within a level on average of the whole decoding, and no pixel by more than 6: a smooth
     picture with an edge. Sizes that 8 does not divide: with the last column taken for a whole one

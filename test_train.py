@@ -516,14 +516,20 @@ def inf_validation(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fault, eval_every",
-    [(nan_weight, 3), (nan_weight, 1), (nan_validation, 1), (inf_validation, 1)],
+    "fault, eval_every, dtype",
+    [
+        (nan_weight, 3, "float32"),
+        (nan_weight, 3, "float16"),
+        (nan_weight, 1, "float32"),
+        (nan_validation, 1, "float32"),
+        (inf_validation, 1, "float32"),
+    ],
 )
 def test_neither_nan_weights_nor_a_nan_validation_loss_reach_the_disk(
-    fault, eval_every, monkeypatch, capsys
+    fault, eval_every, dtype, monkeypatch, capsys
 ):
     """Else the last good checkpoint would be a bad one, and no resume would ever be finite."""
-    flags = ("--epochs", 3, "--eval-every", eval_every)
+    flags = ("--epochs", 3, "--eval-every", eval_every, "--dtype", dtype)
     with monkeypatch.context() as patch:
         fault(patch)
         assert run(*flags) == 1
@@ -684,6 +690,12 @@ def test_the_average_is_what_is_chosen_and_kept(monkeypatch):
 UNSPLIT = [word for word in TINY if word not in ("--val-size", "20")]
 
 
+def test_all_training_images_may_be_one_batch():
+    """As of a handful of pictures, where nobody gave a size."""
+    assert run("--batch-size", 40) == 0
+    assert main(*UNSPLIT, "--batch-size", 45, "--out", "b") == 0
+
+
 def test_validation_images_are_held_out_of_the_training_set():
     """By the seed, stratified as data.split() does it, and none is in both parts."""
     ours = prepare("--seed", 3)
@@ -722,6 +734,21 @@ def test_the_start_is_said_before_the_first_epoch(capsys):
     loss, _ = train.validate(ours, ours.state.model, ours.val_set)
     assert f"{loss:.4f}" in start and f"{math.log(3):.4f}" in start
     assert header == log.header(ours.unused)
+
+
+@pytest.mark.parametrize(
+    "flags, used",
+    [
+        ("", []),
+        ("--ema-decay 0.9", ["ema acc"]),
+        ("--dtype float16", ["skipped"]),
+        ("--dtype float16 --ema-decay 0.9", ["ema acc", "skipped"]),
+    ],
+)
+def test_the_screen_has_only_the_columns_in_use(flags, used, capsys):
+    prepare(*flags.split())
+    titles = capsys.readouterr().out.splitlines()[-1]
+    assert [title for title in ("ema acc", "skipped") if title in titles] == used
 
 
 def test_without_an_accelerator_the_full_recipe_stops_at_once(monkeypatch, capsys):
@@ -1243,6 +1270,14 @@ def test_rare_saves_lose_epochs_and_no_bits(monkeypatch):
         assert difference(contents(f"{out}/last.pt"), contents("straight/last.pt")) is None
 
 
+def test_what_the_screen_says_of_an_epoch_is_on_the_disk(monkeypatch):
+    """A run that is killed after a line goes on after it."""
+    on_disk, line = [], log.line
+    spy = lambda *row: on_disk.append(saved()["epoch"]) or line(*row)  # noqa: E731
+    monkeypatch.setattr(log, "line", spy)
+    assert run("--epochs", 3) == 0 and on_disk == [1, 2, 3]
+
+
 def test_on_a_gpu_ten_seconds_lie_between_two_saves_and_the_last_epoch_is_saved_all_the_same(
     monkeypatch,
 ):
@@ -1603,9 +1638,21 @@ def test_metrics_count_as_the_end_only_if_they_are_whole_and_of_the_best_epoch(l
     assert Path("out/metrics.json").read_text() == final
 
 
+def test_the_accuracy_that_is_said_at_the_end_is_that_which_chose(monkeypatch, capsys):
+    """The average's, where the run keeps one."""
+    validate = lambda run, model, part: (1.0, 0.75 if model is run.state.ema else 0.25)  # noqa: E731
+    for ema, told in ((0, "25.00%"), (0.9, "75.00%")):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "validate", validate)
+            assert run("--ema-decay", ema, out=ema) == 0
+        assert f"best epoch 1, validation accuracy {told};" in capsys.readouterr().out
+
+
 def test_the_same_pictures_by_another_path_are_not_looked_at_again(plain, capsys):
     shutil.copytree(plain, "out")
-    for way in ("./data", os.path.abspath("data"), "other/../data/"):
+    os.mkdir("data")
+    os.symlink("data", "link")
+    for way in ("./data", os.path.abspath("data"), "other/../data/", "link"):
         assert run("--resume", "--data-dir", way) == 0
         assert "complete" in capsys.readouterr().out, way
 
