@@ -21,6 +21,7 @@ import itertools
 import math
 import os
 import random
+import re
 from collections import Counter
 from unittest import mock
 
@@ -29,6 +30,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
@@ -302,8 +304,9 @@ def test_no_random_function_writes_into_its_input(name):
 
 @pytest.mark.parametrize("crop", ["pad", "resized", "none"])
 def test_augmentation_is_crop_then_flip_then_randaugment(crop):
-    """DeiT's order. The padding is an eighth of the side (4 at 32 pixels), the area 80 to 100 %."""
-    images, generator = noise(20, 24, 24, 0), rng(7)
+    """DeiT's order. The padding is an eighth of the side (4 at 32 pixels), rounded down, the area
+    80 to 100 %."""
+    images, generator = noise(20, 29, 29, 0), rng(7)
     expected = images
     if crop == "pad":
         expected = augment.random_crop(expected, 3, generator)
@@ -879,3 +882,31 @@ def test_the_program_draws_every_augmentation_into_a_picture(tmp_path, monkeypat
     assert str(path) in capsys.readouterr().out
     with Image.open(path) as picture:
         assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(10**6)) > 1000
+
+
+def test_a_row_of_the_picture_is_what_its_name_says(tmp_path, monkeypatch):
+    """One picture many times over, untouched, cropped, mirrored or augmented; a mix beside its
+    shares."""
+    small, rows = data.draw_shapes, {}
+
+    def imshow(axis, pixels, real=Axes.imshow):
+        axis.pixels = pixels
+        return real(axis, pixels)
+
+    def set_ylabel(axis, name, **_):
+        rows[name] = axis.pixels
+
+    monkeypatch.setattr(data, "draw_shapes", lambda n, size, seed: small(10, size, seed))
+    monkeypatch.setattr(Axes, "imshow", imshow)
+    monkeypatch.setattr(Axes, "set_ylabel", set_ylabel)
+    augment.main(["--out", str(tmp_path / "a.png"), "--image-size", "16"])
+    cells = {}  # name -> (6, 16, 16, 3), without the frames
+    for name, pixels in rows.items():
+        cells[name] = torch.from_numpy(pixels).unflatten(1, (6, 18))[1:-1, :, 1:-1].transpose(0, 1)
+    one, some = cells["an image"], cells["a batch"].float()
+    assert torch.equal(one, one[:1].expand_as(one))
+    drawn = [cell for name, cell in cells.items() if name.startswith("rand")]
+    assert len(drawn) == 5 and not any(torch.equal(cell, one) for cell in drawn)
+    [mix] = [name for name in cells if name.startswith("mixup")]
+    own, other = (int(share) / 100 for share in re.findall(r"(\d+)%", mix))
+    assert (cells[mix] - (own * some + other * some.roll(1, 0))).abs().max() < 3

@@ -546,6 +546,7 @@ def test_large_shapes_are_drawn_a_few_at_a_time():
     """A thousand of 224 pixels at once would take 5 GB, and a hundred half of one."""
     (images, _), peak = peak_memory(lambda: data.draw_shapes(100, 224, 0))
     assert images.shape == (100, 3, 224, 224) and peak < 250
+    assert data.draw_shapes(1, 1_100, 0)[0].shape == (1, 3, 1_100, 1_100)
 
 
 def test_a_shape_is_drawn_under_its_own_name_and_the_ten_take_turns():

@@ -89,6 +89,18 @@ def test_a_piece_that_is_left_out_of_a_state_is_missed(piece):
     assert difference(now(state), now(other))
 
 
+def test_a_state_of_another_network_is_refused_before_anything_of_it_is_loaded():
+    """torch's optimizers do not look at shapes: the step after that would fail."""
+    _, state = small_state()
+    other = optim.build_state(TrainConfig(), network(dim=16), 20, CPU)
+    optim.change_lr(other, 7.0)
+    rest = lambda: {k: v for k, v in now(state).items() if not k.startswith("/model")}  # noqa: E731
+    before = rest()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        state.load_state_dict(other.state_dict())
+    assert difference(rest(), before) is None
+
+
 @pytest.mark.parametrize("there, here", [("float32", "float16"), ("float16", "float32")])
 def test_a_state_loads_where_another_dtype_is_computed_with(there, here):
     """From a GPU with bfloat16 to one without: the scaler begins anew."""
@@ -104,8 +116,8 @@ def test_a_state_loads_where_another_dtype_is_computed_with(there, here):
 # ---- Groups and schedule ----
 
 
-def network(depth=2, **knobs):
-    return ViTConfig(8, 4, num_classes=3, dim=8, depth=depth, heads=2, dropout=0.0, **knobs)
+def network(dim=8, depth=2, **knobs):
+    return ViTConfig(8, 4, num_classes=3, dim=dim, depth=depth, heads=2, dropout=0.0, **knobs)
 
 
 NETWORKS = [{}, {"pool": "mean"}, {"relative_position_bias": True}]
