@@ -54,9 +54,9 @@ def load_folder(data_dir: str, image_size: int, only_test: bool = False) -> tupl
     """
     if not os.path.isdir(data_dir):
         raise FileNotFoundError(f"no folder {data_dir}: {EXPECTED}")
-    folders, loose = contents(data_dir)
+    found, loose = contents(data_dir)
     refuse_dead_links(loose)
-    n, folders = len(folders), {os.path.basename(path).lower(): path for path in folders}
+    folders = {os.path.basename(path).lower(): path for path in found}
     parts = {name: folders[name] for name in ("train", "test", *VAL_NAMES) if name in folders}
     # A class may be called "train", as in cars, ships and trains: it has no folders in it.
     if len(parts) < len(folders) and not any(contents(path)[0] for path in parts.values()):
@@ -67,7 +67,7 @@ def load_folder(data_dir: str, image_size: int, only_test: bool = False) -> tupl
         raise ValueError(
             f"{data_dir}: {', '.join(strange)} look like parts and not like classes; {EXPECTED}"
         )
-    if parts and len(folders) < n:  # Train and train
+    if parts and len(folders) < len(found):  # Train and train
         raise ValueError(f"{data_dir} has a folder twice, but for capital letters: keep one")
     vals = [name for name in VAL_NAMES if name in parts]
     if len(vals) > 1:
