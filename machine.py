@@ -124,6 +124,27 @@ def should_compile(asked: bool | None, device: torch.device) -> bool:
     return wanted and not fault
 
 
+GRACE = 10  # seconds in which torchrun, once a process has ended, ends the others
+
+
+@contextlib.contextmanager
+def together():
+    """Around a call in which the processes of a run wait for each other.
+
+    If one of them has ended, it has said why, and torchrun ends this one as well: OSError only if
+    that does not happen.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        time.sleep(GRACE)
+        raise OSError(
+            f"another process of this run has ended, or is out of reach ({error})"
+        ) from None
+
+
 def join_processes(device: torch.device, world: int) -> torch.device:
     """Join the other processes of a run. Returns the device of this one.
 
@@ -148,27 +169,6 @@ def join_processes(device: torch.device, world: int) -> torch.device:
     with together():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
     return device
-
-
-GRACE = 10  # seconds in which torchrun, once a process has ended, ends the others
-
-
-@contextlib.contextmanager
-def together():
-    """Around a call in which the processes of a run wait for each other.
-
-    If one of them has ended, it has said why, and torchrun ends this one as well: OSError only if
-    that does not happen.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        time.sleep(GRACE)
-        raise OSError(
-            f"another process of this run has ended, or is out of reach ({error})"
-        ) from None
 
 
 def all_see(value, world: int) -> bool:
