@@ -184,8 +184,9 @@ def bench_models(batch: int, device, half: torch.dtype, compiling: bool):
                 block.attn.fused = fused
             name = f"{'fused attention' if fused else 'written-out attention'}, {name_of(dtype)}"
             variants[name] = (stepper(model, images, targets, dtype), batch)
+    name = f"{name_of(half)}, dropout {ViTConfig.dropout}"
     model = VisionTransformer(ViTConfig()).to(device)
-    variants[f"{name_of(half)}, dropout 0.1"] = (stepper(model, images, targets, half), batch)
+    variants[name] = (stepper(model, images, targets, half), batch)
     model = VisionTransformer(config).to(device)
     muon = Muon(optim.parameter_groups(model, 0.05), lr=1e-4, fused=True)
     variants[f"{name_of(half)}, Muon"] = (stepper(model, images, targets, half, muon), batch)
