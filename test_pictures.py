@@ -388,10 +388,12 @@ def test_files_that_are_passed_over_are_counted_by_their_ending(tmp_path, capsys
     make_folder(tmp_path)
     for name in ("train/cat/1.heic", "train/dog/2.HEIC", "test/cat/3.txt", "test/cat/dog"):
         (tmp_path / name).write_bytes(b"")
-    write_picture(tmp_path / "train/loose.png", noise(1, 6, 6, 0)[0])
+    for name in ("train/loose", "Unlabeled/1", "Unlabeled/2"):
+        write_picture(tmp_path / f"{name}.png", noise(1, 6, 6, 0)[0])
     load_folder(tmp_path)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("passed over")]
-    for count in ("2 .heic", "1 .txt", "1 without an ending", "1 outside the class folders"):
+    loose, other = "1 outside the class folders", "2 in Unlabeled/"
+    for count in ("2 .heic", "1 .txt", "1 without an ending", loose, other):
         assert count in line
 
 
