@@ -139,7 +139,7 @@ def test_a_checkpoint_is_read_as_it_was_written():
     whole = {"model": {"w": torch.randn(5, 7)}, "epoch": 3, "lr": 1e-3, "best": None, "n": ["a"]}
     save_checkpoint(whole, "a.pt")
     assert difference(flat(whole), read("a.pt")) is None
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises((AttributeError, pickle.PicklingError)):  # which of them: Python's version
         save_checkpoint({"x": lambda: 0}, "a.pt")
     assert difference(flat(whole), read("a.pt")) is None and len(tree()) == 1
 
