@@ -264,7 +264,8 @@ def versions(device: torch.device) -> dict:
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
     # At the top of another repository these files may be untracked: its commit is not theirs.
-    is_own = git("ls-files", "machine.py") == "machine.py"
+    # Without one, git is not called: on a Mac without developer tools it would open a window.
+    is_own = (folder / ".git").exists() and git("ls-files", "machine.py") == "machine.py"
     name = f"{device.type} ({platform.machine()})"
     return {
         "commit": git("describe", "--always", "--dirty", "--abbrev=12") if is_own else "unknown",
