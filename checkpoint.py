@@ -10,7 +10,6 @@ Plain data only, so reading one never runs code that hides in a file.
 
 import io
 import os
-import tempfile
 import time
 import zipfile
 
@@ -129,9 +128,12 @@ def check_out(out: str, resume: bool) -> dict | None:
     parent = os.path.abspath(out)
     while not os.path.lexists(parent) and parent != os.path.dirname(parent):
         parent = os.path.dirname(parent)
-    try:  # os.access() would ask and not try, and is told wrongly by some network drives
-        with tempfile.TemporaryFile(dir=parent):
-            pass
+    # os.access() would ask and not try, and is told wrongly by some network drives; on Windows
+    # tempfile would try for ever (python/cpython#66305).
+    trial = os.path.join(parent, f".trial-{os.getpid()}-{time.time_ns()}")
+    try:
+        os.close(os.open(trial, os.O_CREAT | os.O_EXCL))
+        os.remove(trial)
     except OSError:
         raise ValueError(
             f"cannot write to the output folder {out}: "
