@@ -328,7 +328,8 @@ def decode(paths: list[str], data_dir: str, image_size: int, is_all: bool) -> Te
     def attempt(i, place):
         """What is wrong with the picture, or with its place in the cache, or None."""
         try:
-            images[i] = open_image(paths[i], image_size)
+            # by NumPy: to copy it, PyTorch would start threads for each of ours (pytorch#80777)
+            pixels[i] = open_image(paths[i], image_size).numpy().reshape(-1)
             write_record(store, place, stamps[i] + pixels[i].tobytes())
         except (ValueError, OSError) as error:
             return error

@@ -13,6 +13,7 @@ import pickle
 import shutil
 import signal
 import struct
+import threading
 import time
 import warnings
 from collections import Counter
@@ -1043,3 +1044,26 @@ def test_loading_needs_less_than_twice_the_memory_of_the_images(is_cached, tmp_p
     got, peak = peak_memory(lambda: load_folder(tmp_path, 256))
     size = 400 * 3 * 256 * 256 / 1e6
     assert len(got.train_images) == 200 and peak < 2 * size, f"{peak / size:.2f} times"
+
+
+def test_decoding_starts_no_threads_but_its_own(tmp_path, monkeypatch):
+    """In each of them PyTorch would start one a core, to copy a picture of 105 pixels or more."""
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("needs Linux's list of threads")
+
+    def others():  # that Python does not know
+        return len(os.listdir("/proc/self/task")) - threading.active_count()
+
+    def write_record(*_):
+        counts.append(others())
+
+    make_folder(tmp_path, S=128)
+    monkeypatch.setattr(pictures, "write_record", write_record)
+    torch.set_num_threads(4)
+    try:
+        torch.zeros(10**6).add_(1)  # the main thread's are there from now on
+        counts = [others()]
+        load_folder(tmp_path, 128)
+    finally:
+        torch.set_num_threads(1)
+    assert len(counts) == 9 and len({*counts}) == 1
