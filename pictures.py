@@ -104,7 +104,9 @@ def load_folder(data_dir: str, image_size: int, only_test: bool = False) -> tupl
     for part in files:
         counts = torch.tensor([len(files[part][name]) for name in classes])
         labels = torch.arange(len(classes)).repeat_interleave(counts)
-        arrays[part], images = (images[: len(labels)], labels), images[len(labels) :]
+        own, images = images[: len(labels)], images[len(labels) :]
+        # A slice keeps the memory of all: train.py lets go of that of the training images.
+        arrays[part] = (own if part == "train" else own.clone(), labels)
     if "train" in files:
         warn_of_copies(arrays)
     return classes, arrays

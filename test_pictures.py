@@ -1046,6 +1046,16 @@ def test_loading_needs_less_than_twice_the_memory_of_the_images(is_cached, tmp_p
     assert len(got.train_images) == 200 and peak < 2 * size, f"{peak / size:.2f} times"
 
 
+def test_the_training_images_can_be_let_go_of(tmp_path):
+    """train.py keeps a shuffled copy of them. Slices of one tensor would keep them all the same."""
+    make_part(tmp_path / "train", {"cat": 2, "dog": 3})
+    for part in ("test", "val"):
+        make_part(tmp_path / part, {"cat": 1, "dog": 2})
+    dataset = load_folder(tmp_path)
+    for images in (dataset.test_images, dataset.val_images):
+        assert images.untyped_storage().nbytes() == images.numel()
+
+
 def test_decoding_starts_no_threads_but_its_own(tmp_path, monkeypatch):
     """In each of them PyTorch would start one a core, to copy a picture of 105 pixels or more."""
     if not os.path.isdir("/proc/self/task"):
