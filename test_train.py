@@ -761,7 +761,10 @@ def test_without_an_accelerator_the_full_recipe_stops_at_once(monkeypatch, capsy
         x in line for x in ("300 epochs", "--preset laptop", "--preset demo", "--device cpu")
     )
     assert "3.0e+16" in line  # 300 epochs x 45,000 images x 3 passes x 730 MFLOP
-    assert not tree()
+    assert main("--val-size=45000") == 2
+    assert "100 epochs of 5,000 images" in capsys.readouterr().err and not tree()
+    with pytest.raises(Kill):  # a few minutes are no reason to stop
+        main("--val-size=49000", "--epochs=10")
 
 
 def test_without_an_accelerator_hours_of_any_data_are_refused_once_they_are_counted(

@@ -190,7 +190,8 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
     machine.limit_threads()
     done = last["epoch"] if last else 0
     if config.dataset in data.CIFAR_STATISTICS:  # before a download
-        recipe.refuse_hours(config, vit_config, device.type, 45_000, done)
+        likely, _ = recipe.build_configs(recipe.follow_data(values, 50_000))
+        recipe.refuse_hours(likely, vit_config, device.type, 50_000 - likely.val_size, done)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
