@@ -8,7 +8,7 @@ A knob is a field of TrainConfig (how to train) or ViTConfig (what to train). It
 its line in --help, and the comment above a group is a heading there, so there is one text to keep
 true. What was typed wins over the preset, and the preset over the defaults, of which a few follow
 the size of the data. A resumed run keeps its saved recipe, and a flag that contradicts it is
-refused by name.
+refused by name, but for those in MAY_CHANGE.
 """
 
 import argparse

@@ -301,7 +301,9 @@ def test_the_python_of_the_readme_does_what_it_says(here, tiny, monkeypatch):
     torch.manual_seed(0)
     model = VisionTransformer(ViTConfig()).eval()
     best |= {"vit": asdict(ViTConfig()), "model": model.state_dict(), "classes": list("abcdefghij")}
-    checkpoint.save_checkpoint(best, "out/best.pt")
+    Path("runs/deit").mkdir(parents=True)
+    for folder in ("out", "runs/deit"):
+        checkpoint.save_checkpoint(best, f"{folder}/best.pt")
     for name in ("cat.jpg", "dog.jpg"):
         noise = torch.randint(0, 256, (40, 50, 3), generator=testing.rng(len(name)))
         Image.fromarray(noise.byte().numpy()).save(name)

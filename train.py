@@ -324,7 +324,7 @@ def save_pause(device: torch.device) -> float:
     """The fewest seconds between two checkpoints.
 
     An epoch of a fast GPU takes half a second, and saving it may take as long. So a kill there
-    costs these seconds of work, and on a CPU no more than the epoch it came in.
+    costs these seconds and an epoch of work, and on a CPU no more than the epoch it came in.
     """
     return 0.0 if device.type == "cpu" else 10.0
 
