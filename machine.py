@@ -192,15 +192,18 @@ def rank_0_decides(decision: bool, world: int, device: torch.device) -> bool:
 
 
 def limit_threads():
-    """Use no more threads than the cores that a container may use (docker run --cpus 2).
+    """Use no more threads than the cores that a container (docker run --cpus 2) or a job may use.
 
-    PyTorch starts one for every core of the machine. They wait for each other in each operation, so
-    dozens that share the time of two cores are many times slower than two (ollama/ollama#17916).
+    PyTorch starts one for every core of the machine, some versions also where SLURM or taskset has
+    bound the process to a few (pytorch/pytorch#193859). They wait for each other in each operation,
+    so dozens that share the time of two cores are many times slower than two (ollama/ollama#17916).
     OMP_NUM_THREADS, where it is set, is obeyed.
     """
-    quota = cpu_quota()
-    if quota < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, int(quota)))
+    cores = cpu_quota()
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    if cores < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, int(cores)))
 
 
 def cpu_quota(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> float:

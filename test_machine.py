@@ -317,11 +317,14 @@ def test_the_time_that_a_process_has_is_read_where_linux_keeps_it(monkeypatch):
 
 @pytest.fixture
 def threads(monkeypatch):
-    """Counts the threads after a call, of the eight there were before, with that quota."""
+    """Counts the threads after a call, of the eight there were before, with that quota, and bound
+    to so many cores."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
-    def after(quota, call):
+    def after(quota, call, bound=64):
         monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
+        cores = {*range(3, 3 + bound)}
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores, raising=False)
         torch.set_num_threads(8)
         call()
         return torch.get_num_threads()
@@ -336,6 +339,14 @@ def test_no_more_threads_than_a_container_has_time_for(quota, expected, threads,
     assert threads(quota, machine.limit_threads) == expected
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     assert threads(quota, machine.limit_threads) == 8
+
+
+def test_no_more_threads_than_the_cores_that_a_job_is_bound_to(threads, monkeypatch):
+    """By SLURM, taskset or docker --cpuset-cpus. Other systems than Linux know no such thing."""
+    assert threads(math.inf, machine.limit_threads, bound=2) == 2
+    assert threads(3.0, machine.limit_threads, bound=5) == 3
+    monkeypatch.setattr(machine, "os", SimpleNamespace(environ=os.environ))
+    assert threads(math.inf, machine.limit_threads, bound=2) == 8
 
 
 def test_training_and_evaluating_keep_to_the_threads_of_a_container(threads):
