@@ -1076,4 +1076,4 @@ def test_decoding_starts_no_threads_but_its_own(tmp_path, monkeypatch):
         load_folder(tmp_path, 128)
     finally:
         torch.set_num_threads(1)
-    assert len(counts) == 9 and len({*counts}) == 1
+    assert len(counts) == 9 and max(counts) < counts[0] + 3  # a team of four is three more
