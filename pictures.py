@@ -86,8 +86,10 @@ def load_folder(data_dir: str, image_size: int, only_test: bool = False) -> tupl
             files["train"], files["test"] = set_aside(files["train"], data_dir)
         for name in vals:
             files["val"] = list_images(parts[name], passed_over)
-        for path in sorted({*found} - {*parts.values()}) if parts else ():  # unlabeled/, say
-            passed_over[f"in {os.path.basename(path)}/"] = len([*walk(path, set(), [])])
+        if parts:
+            for path in sorted({*found} - {*parts.values()}):  # unlabeled/, say
+                n = len([*walk(path, seen=set(), locked=[])])
+                passed_over[f"in {os.path.basename(path)}/"] = n
     if passed_over:
         counts = ", ".join(f"{n:,} {ending}" for ending, n in passed_over.most_common())
         print(f"passed over in {data_dir}: {counts}", flush=True)
