@@ -68,9 +68,9 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16: GPUs before Ampere (of AMD, before the MI100 and the
     RX 7000), and x86 CPUs that lack AVX512_BF16, only emulate it.
 
-    On such a CPU a product takes twice as long as in float32 where it has AVX-512
-    (uxlfoundation/oneDNN#493), else 40 to 500 times as long (pytorch/pytorch#146508). ARM's CPUs
-    are not asked, and count as without.
+    On such a CPU a product takes five times as long as in float32 where it has AVX-512 (measured),
+    else 40 to 500 times as long (pytorch/pytorch#146508). ARM's CPUs are not asked, and count as
+    without.
     """
     if device.type == "cuda" and torch.version.hip:  # AMD's, whose capability says nothing of it
         name = torch.cuda.get_device_properties(device).gcnArchName

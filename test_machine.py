@@ -141,8 +141,8 @@ def test_gpus_of_amd_are_known_by_their_names(name, dtype, monkeypatch):
 
 @pytest.mark.parametrize("found, dtype", [(True, torch.bfloat16), (False, torch.float32)])
 def test_bfloat16_is_not_for_cpus_that_only_emulate_it(found, dtype, monkeypatch):
-    """With AVX-512 but without AVX512_BF16, as many Xeons in the cloud are, a product takes twice
-    as long, and without AVX-512 40 to 500 times. An accelerator has its own."""
+    """With AVX-512 but without AVX512_BF16, as many Xeons in the cloud are, a product takes five
+    times as long, and without AVX-512 40 to 500 times. An accelerator has its own."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: found)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert machine.pick_dtype("bfloat16", CPU) == dtype
