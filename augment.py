@@ -425,8 +425,9 @@ def main(argv: list[str] | None = None):
         axis.imshow(torch.cat(framed.unbind(), 2).permute(1, 2, 0).numpy())
         axis.set_ylabel(title, fontsize=7, rotation=0, ha="right", va="center")
     figure.suptitle("What augmentation makes of an image, and of a batch", fontsize=10)
+    kind = os.path.splitext(args.out)[1][1:] or "png"
     try:
-        figure.savefig(args.out, dpi=90)
+        figure.savefig(args.out, dpi=90, format=kind)  # told no format, it may rename the file
     except (ValueError, OSError, RuntimeError) as error:  # a format that matplotlib cannot write
         parser.error(" ".join(str(error).split()))
     print(f"wrote {args.out}")

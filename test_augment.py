@@ -884,6 +884,20 @@ def test_the_program_draws_every_augmentation_into_a_picture(tmp_path, monkeypat
         assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(10**6)) > 1000
 
 
+def test_the_picture_goes_where_the_user_says_even_without_a_suffix(tmp_path, monkeypatch, capsys):
+    small = data.draw_shapes
+    monkeypatch.setattr(data, "draw_shapes", lambda n, size, seed: small(10, size, seed))
+    monkeypatch.chdir(tmp_path)
+    augment.main(["--out", "draws", "--image-size", "16"])
+    assert [path.name for path in tmp_path.iterdir()] == ["draws"]
+    assert capsys.readouterr().out == "wrote draws\n"
+    with Image.open("draws") as picture:
+        assert picture.format == "PNG"
+    with pytest.raises(SystemExit):
+        augment.main(["--out", ".", "--image-size", "16"])
+    assert "Is a directory" in capsys.readouterr().err
+
+
 def test_a_row_of_the_picture_is_what_its_name_says(tmp_path, monkeypatch):
     """One picture many times over, untouched, cropped, mirrored or augmented; a mix beside its
     shares."""
