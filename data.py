@@ -236,7 +236,8 @@ def split(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
 
     Stratified: every class gives its share of the val_size images, to within one image. But a class
     of two images or more keeps one for training, and the only image of a class goes last: where
-    that is not enough, the others give more. ValueError for a val_size that cannot be met.
+    that is not enough (more than half are asked for, or most classes have one image), the others
+    give more. ValueError for a val_size that cannot be met.
     """
     n, sizes = len(labels), labels.bincount()
     limit = min(n - 1, n - int((sizes > 1).sum()))
@@ -246,14 +247,14 @@ def split(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
             f"{int((sizes > 0).sum())} classes, got {val_size}"
         )
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    # The j-th image of a class of m stands at (j + 1/2) / m: the first val_size images in the order
-    # of their places hold every class at its share.
+    # The class that is furthest below its share gives the next image: the j-th image of a class
+    # stands at j minus that share.
     place = torch.empty(n, dtype=torch.float64)
     for label in labels.unique():
         mine = order[labels[order] == label]
         m = len(mine)
-        place[mine] = (torch.arange(m, dtype=torch.float64) + 0.5) / m
-        place[mine[-1]] = 1 if m == 1 else 2  # an only image comes late, the last of several never
+        place[mine] = torch.arange(m, dtype=torch.float64) - m * val_size / n
+        place[mine[-1]] = n if m == 1 else 2 * n  # an only one goes last, the last of several never
     is_val = torch.zeros(n, dtype=torch.bool)
     is_val[order[place[order].argsort(stable=True)[:val_size]]] = True
     return order[~is_val[order]], order[is_val[order]]

@@ -333,9 +333,19 @@ def test_every_class_keeps_an_image_to_be_trained_on(labels, more, seed):
         assert all(counts[label] == 1 or train.count(label) == 1 for label in train)
 
 
-@given(st.lists(st.integers(2, 40), min_size=2, max_size=5), st.floats(0.05, 0.7), seeds)
+def test_the_only_image_of_a_class_is_given_where_nothing_else_is_left():
+    labels = torch.tensor([0] * 10 + list(range(1, 11)))
+    for val_size in range(1, 19):
+        given = labels[data.split(labels, val_size, 0)[1]]
+        assert (given > 0).sum() == max(0, val_size - 9)
+
+
+@given(st.lists(st.integers(2, 40), min_size=2, max_size=20), st.floats(0.05, 0.5), seeds)
+@example([40, 2, 2, 2, 2], 0.21, 0)
+@example([1_000] + [3] * 200, 0.1, 0)
 def test_every_class_gives_its_share_to_within_one_image(counts, share, seed):
-    """CIFAR-10's 5,000 of 50,000 are 500 a class."""
+    """CIFAR-10's 5,000 of 50,000 are 500 a class. Of many small classes each is owed less than half
+    an image, and some give one all the same: they would all be left out if each were rounded."""
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     val_size = max(1, int(share * len(labels)))
     _, val = data.split(labels, val_size, seed)
