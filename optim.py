@@ -140,7 +140,7 @@ def average_gradients(model: VisionTransformer):
     """
     if not (dist.is_available() and dist.is_initialized()):  # not in AMD's Windows builds
         return
-    gradients = [parameter.grad for parameter in model.parameters()]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message, not hundreds
     with together():
         dist.all_reduce(flat)

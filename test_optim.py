@@ -14,6 +14,7 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +27,7 @@ from vit import VisionTransformer, ViTConfig
 
 pytestmark = pytest.mark.usefixtures("tiny", "here")
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 # Everything that has a state, at once.
 FULL = {"dtype": "float16", "ema_decay": 0.9, "grad_clip": 1.0, "weight_decay": 0.25}
 both = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -512,8 +513,18 @@ def test_the_counter_of_reads_sees_them():
     assert Reads().of(lambda: x + 1) == 0
 
 
+@pytest.fixture(params=[False, True], ids=["alone", "in a group"])
+def group(request):
+    """A real process group, of this process only, or none."""
+    if request.param:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if request.param:
+        dist.destroy_process_group()
+
+
 @both
-def test_what_has_no_gradient_is_passed_over(optimizer):
+def test_what_has_no_gradient_is_passed_over(optimizer, group):
     """The tutorial breaks the model: what the forward pass no longer uses stays as it is, and the
     rest moves by its own gradients, clipped by their own norm."""
     config, state = small_state(grad_clip=0.1, weight_decay=0.25, optimizer=optimizer)
