@@ -52,8 +52,8 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the training images and labels, in order (the split depends on all three), and
-        of the validation part that a folder brings."""
+        """SHA-256 of the training images and labels, in order (the split is by position), and of
+        the validation part that a folder brings."""
         digest = hashlib.sha256()
         for tensor in (self.train_images, self.train_labels, self.val_images, self.val_labels):
             if tensor is not None:
@@ -71,9 +71,9 @@ def load(
     """Read "cifar10", "cifar100" (32x32 only), a "folder" of pictures, or draw "shapes".
 
     download_url is a mirror of CIFAR's tarball; its md5 is checked wherever it comes from. With
-    only_test the training part comes back empty, and a folder needs no train/; but where a
-    folder's test is set aside from its training pictures, they come back too. Raises ValueError or
-    OSError with a one-line message.
+    only_test the training part comes back empty (and, but for CIFAR, a mean of 0 and a deviation of
+    1), and a folder needs no train/; but where a folder's test is set aside from its training
+    pictures, they come back too. Raises ValueError or OSError with a one-line message.
     """
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
@@ -263,14 +263,19 @@ def split(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
 def hold_out(dataset: Dataset, val_size: int, seed: int) -> tuple[tuple, tuple]:
     """(images, labels) to train on, and to validate on: the dataset's own, or split off.
 
-    The training images come shuffled: a folder is read class by class, and train.py measures its
-    train accuracy on the first 2,000.
+    Both come shuffled: a folder is read class by class, and train.py takes a quick look at the
+    first images of either.
     """
     images, labels = dataset.train_images, dataset.train_labels
     if dataset.val_images is None:
         return tuple((images[index], labels[index]) for index in split(labels, val_size, seed))
-    index = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    return (images[index], labels[index]), (dataset.val_images, dataset.val_labels)
+    generator = torch.Generator().manual_seed(seed)
+
+    def shuffled(images, labels):
+        index = torch.randperm(len(labels), generator=generator)
+        return images[index], labels[index]
+
+    return shuffled(images, labels), shuffled(dataset.val_images, dataset.val_labels)
 
 
 def normalize(images: Tensor, mean: tuple | Tensor, std: tuple | Tensor) -> Tensor:

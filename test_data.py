@@ -372,19 +372,21 @@ def test_the_split_is_shuffled_by_its_seed():
         assert_rate(sum(i in val for val in drawn), 600, 0.25)
 
 
-def test_training_images_are_shuffled_by_the_seed_where_a_folder_brings_validation_images_too():
+def test_both_parts_are_shuffled_by_the_seed_where_a_folder_brings_validation_images_too():
     """They come class by class, and the first of them are to stand for all."""
     labels = torch.arange(400) // 200
     images = labels.byte().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
     dataset = data.Dataset(["a", "b"], images, labels, images, labels, (0.5,) * 3, (0.5,) * 3)
-    dataset = dataclasses.replace(dataset, val_images=images[:3], val_labels=labels[:3])
+    val = {"val_images": 2 + images[100:300], "val_labels": labels[100:300]}
+    dataset = dataclasses.replace(dataset, **val)
     firsts = []
     for seed in (0, 0, 1):
-        (found, mine), (val_images, val_labels) = data.hold_out(dataset, 3, seed)
-        assert 5 < mine[:30].sum() < 25 and torch.equal(found[:, 0, 0, 0], mine)
-        assert torch.equal(val_images, images[:3]) and torch.equal(val_labels, labels[:3])
-        firsts.append(mine[:30].tolist())
-    assert firsts[0] == firsts[1] != firsts[2]
+        parts = data.hold_out(dataset, 200, seed)
+        for (found, mine), own, more in zip(parts, (labels, val["val_labels"]), (0, 2)):
+            assert 5 < mine[:30].sum() < 25 and torch.equal(found[:, 0, 0, 0], mine + more)
+            assert sorted(mine.tolist()) == own.tolist()
+        firsts.append([mine[:30].tolist() for _, mine in parts])
+    assert firsts[0] == firsts[1] and all(a != b for a, b in zip(firsts[0], firsts[2]))
 
 
 @pytest.mark.parametrize("val_size", [-1, 0, 9, 10, 11])

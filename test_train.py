@@ -709,13 +709,12 @@ def test_a_dataset_that_brings_validation_images_loses_none_of_its_others(monkey
     part = {"val_images": DATASET.test_images[:7], "val_labels": DATASET.test_labels[:7]}
     monkeypatch.setattr(data, "load", lambda *_, **__: replace(DATASET, **part))
     ours = train.prepare(*recipe.parse(UNSPLIT, recipe.make_parser()), 0, 1)
-    found, expected = (
-        sorted((*image.flatten().tolist(), label) for image, label in zip(images, labels.tolist()))
-        for images, labels in (ours.train_set, (DATASET.train_images, DATASET.train_labels))
-    )
-    assert found == expected
-    assert torch.equal(ours.val_set[0], DATASET.test_images[:7])
-    assert torch.equal(ours.val_set[1], DATASET.test_labels[:7])
+
+    def pairs(images, labels):
+        return sorted((*x.flatten().tolist(), label) for x, label in zip(images, labels.tolist()))
+
+    assert pairs(*ours.train_set) == pairs(DATASET.train_images, DATASET.train_labels)
+    assert pairs(*ours.val_set) == pairs(*part.values())
     assert main(*UNSPLIT, "--max-minutes", 1e-9) == main("--resume") == 0
     assert saved()["train"]["val_size"] == 7
 
