@@ -105,9 +105,13 @@ def load_checkpoint(path: str) -> dict:
         build_model(checkpoint)
         missing = [name for name in (*FACTS, "epoch") if name not in checkpoint]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        missing = [type(error).__name__]
+        text = " ".join(str(error).split())  # of load_state_dict, pages of names
+        missing = [text.removeprefix("Error(s) in loading state_dict for VisionTransformer: ")]
     if missing:
-        raise ValueError(f"{path} does not hold a whole model and its data ({', '.join(missing)})")
+        raise ValueError(
+            f"{path} does not hold a whole model, as this vit.py builds it, and its data "
+            f"({', '.join(missing):.100})"
+        )
     return checkpoint
 
 
