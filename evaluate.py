@@ -32,7 +32,7 @@ from vit import ViTConfig
 
 
 def images_per_call(config: ViTConfig) -> int:
-    """How many images the model is given at once: as many as half a gigabyte of floats allows."""
+    """How many images the model is given at once: half a gigabyte of floats, but 1,000 at most."""
     tokens = config.num_tokens * (6 * config.dim + 2 * config.mlp_dim)
     scores = 3 * config.heads * config.num_tokens**2
     return min(1_000, max(1, 2**27 // (tokens + scores)))
@@ -51,7 +51,8 @@ def compute_logits(
     was_training = model.training
     model.eval()
     logits = []
-    # in equal parts: 5,000 and 10,000 images need a block to be compiled for one size, not three
+    # In equal parts: for train.py's 1,000, 2,000 and 5,000 images, a block of `deit` is then
+    # compiled for two sizes, not four.
     calls = math.ceil(len(images) / images_per_call(model.config))
     for batch in images.chunk(calls):
         x = data.normalize(batch.to(device), mean, std)
@@ -177,6 +178,12 @@ def evaluate(
         raise ValueError(
             "the training images have changed since: which were held out is no longer known"
         )
+    suffix = suffix_of(checkpoint, split)
+    path = os.path.join(out, f"metrics{suffix}.json")
+    if are_others and os.path.exists(path):
+        raise ValueError(
+            f"the pictures have changed since training, and there is a {path}: choose another --out"
+        )
     if are_others:
         print(
             "warning: the pictures have changed since training: some that are now set aside for "
@@ -193,8 +200,6 @@ def evaluate(
     metrics = {**facts, "data_dir": data_dir, **measure(logits, labels, classes)}
     print(describe(metrics), flush=True)
     os.makedirs(out, exist_ok=True)
-    suffix = suffix_of(checkpoint, split)
-    path = os.path.join(out, f"metrics{suffix}.json")
     write_atomically(path, json.dumps(metrics, indent=1).encode())
 
     # the plots

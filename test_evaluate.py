@@ -432,8 +432,13 @@ def test_test_pictures_that_may_have_been_trained_on_cost_a_warning(plain, capsy
     assert not warnings()
     path = next(Path("pets/train").glob("*/*.png"))
     path.rename(path.with_name("renamed.png"))
-    assert len(warnings()) == 1
+    assert len(warnings("--out", "renamed")) == 1
     assert not warnings("--data-dir", "pets", "--out", "other")
+
+    before = tree()  # the numbers of the pictures as they were cannot be made again
+    assert program("best.pt", "--device", "cpu", "--out", "new") == 2
+    assert "new/metrics.json: choose another --out" in capsys.readouterr().err
+    assert tree() == before
 
 
 def test_the_validation_split_is_the_datasets_own_where_it_brings_one(plain):
