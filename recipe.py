@@ -1,5 +1,5 @@
 """
-The recipe: every knob with its reason, the presets, and the command line made from them.
+The recipe: every knob with its meaning, the presets, and the command line made from them.
 
     python train.py --preset laptop --epochs 50      a preset, and one knob turned by hand
     python train.py --help                           every knob
@@ -43,7 +43,7 @@ class TrainConfig:
     # run
     out: str = "out"  # folder of the run: checkpoints, log.csv, metrics, pictures
     resume: bool = False  # continue the run in --out (start it if there is none yet)
-    max_minutes: float | None = None  # end at an epoch boundary before this time (but for the test)
+    max_minutes: float | None = None  # end after an epoch, in time (but for the first and the test)
     eval_every: int = 1  # epochs between validations
     save_every: int = 1  # epochs between checkpoints (and on a GPU ten seconds at least)
     seed: int = 0  # of everything: split, weights, batches, augmentation, dropout
@@ -88,8 +88,8 @@ class TrainConfig:
         sizes = ("val_size", "epochs", "batch_size", "eval_every", "save_every")
         amounts = ("weight_decay", "grad_clip", "mixup", "cutmix", "randaugment_ops")
         check(lambda x: 1 <= x < math.inf, "at least 1", *sizes)
-        check(lambda x: 0 <= x < math.inf, "at least 0", *amounts)
-        check(lambda x: 0 < x < math.inf, "positive", "lr", "max_minutes")
+        check(lambda x: 0 <= x < math.inf, "at least 0 and finite", *amounts)
+        check(lambda x: 0 < x < math.inf, "positive and finite", "lr", "max_minutes")
         shares = ("randaugment_prob", "mix_prob", "mix_until")
         check(lambda x: 0 <= x <= 1, "between 0 and 1", *shares)
         parts = ("pct_start", "label_smoothing", "ema_decay")
@@ -147,7 +147,7 @@ PRESETS = {
         "pool": "mean",
         "relative_position_bias": True,
     },
-    # everything at work in two to four minutes on two CPU cores
+    # the whole program in two to four minutes on two CPU cores
     "demo": {
         "dataset": "shapes",
         "device": "cpu",
@@ -261,9 +261,9 @@ def scaled_lr(preset: dict, batch_size: int) -> float:
 def follow_data(values: dict, n: int, n_val: int = 0) -> dict:
     """Values for what is neither typed nor in the preset, from the n training images.
 
-    A tenth is held out (of a few dozen a quarter), unless the dataset brings n_val validation
-    images of its own. The batch is the largest power of two with 32 steps an epoch, but not below
-    8. Fewer than 10,000 images to train on are shown 100 times.
+    A tenth is held out (of a few, 20 images or a quarter), unless the dataset brings n_val
+    validation images of its own. The batch is the largest power of two, from 8 to 1024, with 32
+    steps an epoch. Fewer than 10,000 images to train on are shown 100 times.
     """
     values = dict(values)
     if n_val and values.get("val_size") not in (None, n_val):
@@ -294,7 +294,8 @@ def build_configs(values: dict, num_classes: int | None = None) -> tuple[TrainCo
 
 
 def refuse_hours(config: TrainConfig, vit_config: ViTConfig, device: str, n: int, done: int = 0):
-    """ValueError where n images would keep a CPU that nobody asked for busy for more than an hour.
+    """ValueError where all epochs of n images would take more than an hour on a CPU that nobody
+    asked for (however soon --max-minutes ends a part of them).
 
     device: "cpu", or an accelerator's type. done: epochs that need not be run again.
     """
@@ -305,8 +306,7 @@ def refuse_hours(config: TrainConfig, vit_config: ViTConfig, device: str, n: int
         long = f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
         raise ValueError(
             f"no accelerator found. {epochs} epochs of {n:,} images are {work:.1e} "
-            f"floating-point operations: minutes on a recent GPU, about {long} on a CPU at 100 "
-            f"GFLOP/s. See everything run in a few minutes with --preset demo, train "
-            f"three to nine hours with --preset laptop, or start it here all the same with "
-            f"--device cpu"
+            f"floating-point operations: about {long} on a CPU at 100 GFLOP/s. See everything run "
+            f"in a few minutes with --preset demo, train the smaller network of --preset laptop "
+            f"(2.5 to 9 hours for CIFAR-10), or start it here all the same with --device cpu"
         )

@@ -113,7 +113,7 @@ def resumed(saved, **typed):
 
 
 def test_the_default_recipe_is_deits_for_cifar10():
-    """DESIGN's first row: 300 epochs of DeiT-Ti; 5,000 of 50,000 images are held out."""
+    """300 epochs of DeiT-Ti; 5,000 of 50,000 images are held out."""
     assert TrainConfig().val_size is None  # a tenth
     config, network = build_configs(follow_data({}, 50_000))
     assert (config.dataset, config.epochs, config.val_size) == ("cifar10", 300, 5_000)
@@ -129,8 +129,8 @@ def test_the_default_recipe_is_deits_for_cifar10():
 
 
 SIZE = ("at least 1", (1, 10**9), (0, -3, math.inf, math.nan))
-AMOUNT = ("at least 0", (0, 1e9), (-1, -1e-9, math.inf, math.nan))
-POSITIVE = ("positive", (1e-9, 1e9), (0, -0.1, math.inf, math.nan))
+AMOUNT = ("at least 0 and finite", (0, 1e9), (-1, -1e-9, math.inf, math.nan))
+POSITIVE = ("positive and finite", (1e-9, 1e9), (0, -0.1, math.inf, math.nan))
 SHARE = ("between 0 and 1", (0, 1), (-1e-9, 1.5, math.nan))
 PART = ("at least 0 and below 1", (0, 0.999), (-1e-9, 1, math.nan))
 LIMITS = {  # what the message says, the values at the edge that work, values that do not
@@ -518,7 +518,7 @@ def test_one_dictionary_becomes_both_configs():
 @pytest.mark.parametrize(
     "values, text",
     [
-        ({"lr": -1.0}, "lr must be positive, got -1.0"),
+        ({"lr": -1.0}, "lr must be positive and finite, got -1.0"),
         ({"image_size": 30}, "image_size 30 is not divisible by patch_size 4"),
         ({"dim": 100}, "dim 100 is not divisible by heads 3"),
     ],
