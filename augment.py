@@ -38,7 +38,7 @@ CHUNK_ON_CPU, CHUNK_ON_ACCELERATOR = 2**24, 2**28
 
 
 def in_chunks(transform, images: Tensor, draws: Tensor) -> Tensor:
-    """transform(images, draws), a few thousand images at a time. draws: (N, ...), one an image."""
+    """transform(images, draws), a part of the images at a time. draws: (N, ...), one an image."""
     values = CHUNK_ON_CPU if images.device.type == "cpu" else CHUNK_ON_ACCELERATOR
     count = max(1, values // math.prod(images.shape[1:]))
     out = torch.empty_like(images)
@@ -120,20 +120,20 @@ def random_flip(images: Tensor, generator: Generator) -> Tensor:
 # RandAugment (Cubuk 2020): each image draws num_ops of these 14 operations, and for the signed ones
 # a sign. The kernels are torchvision's own, except sharpen, which gives the same bits.
 OPERATIONS = {  # name: (kernel(tv, image, strength), strength at magnitude 0 and at 30, signed)
-    "Identity": (lambda tv, x, m: x, None, False),
-    "ShearX": (lambda tv, x, m: shear(tv, x, m, 0.0), lambda H, W: (0, 0.3), True),
-    "ShearY": (lambda tv, x, m: shear(tv, x, 0.0, m), lambda H, W: (0, 0.3), True),
-    "TranslateX": (lambda tv, x, m: translate(tv, x, m, 0), lambda H, W: (0, 150 / 331 * W), True),
-    "TranslateY": (lambda tv, x, m: translate(tv, x, 0, m), lambda H, W: (0, 150 / 331 * H), True),
-    "Rotate": (lambda tv, x, m: tv.rotate(x, m), lambda H, W: (0, 30), True),
-    "Brightness": (lambda tv, x, m: tv.adjust_brightness(x, 1 + m), lambda H, W: (0, 0.9), True),
-    "Color": (lambda tv, x, m: tv.adjust_saturation(x, 1 + m), lambda H, W: (0, 0.9), True),
-    "Contrast": (lambda tv, x, m: tv.adjust_contrast(x, 1 + m), lambda H, W: (0, 0.9), True),
-    "Sharpness": (lambda tv, x, m: sharpen(x, 1 + m), lambda H, W: (0, 0.9), True),
-    "Posterize": (lambda tv, x, m: tv.posterize(x, round(m)), lambda H, W: (8, 4), False),
-    "Solarize": (lambda tv, x, m: tv.solarize(x, 255 * m), lambda H, W: (1, 0), False),
-    "AutoContrast": (lambda tv, x, m: tv.autocontrast(x), None, False),
-    "Equalize": (lambda tv, x, m: tv.equalize(x), None, False),
+    "Identity": (lambda tv, x, s: x, None, False),
+    "ShearX": (lambda tv, x, s: shear(tv, x, s, 0.0), lambda H, W: (0, 0.3), True),
+    "ShearY": (lambda tv, x, s: shear(tv, x, 0.0, s), lambda H, W: (0, 0.3), True),
+    "TranslateX": (lambda tv, x, s: translate(tv, x, s, 0), lambda H, W: (0, 150 / 331 * W), True),
+    "TranslateY": (lambda tv, x, s: translate(tv, x, 0, s), lambda H, W: (0, 150 / 331 * H), True),
+    "Rotate": (lambda tv, x, s: tv.rotate(x, s), lambda H, W: (0, 30), True),
+    "Brightness": (lambda tv, x, s: tv.adjust_brightness(x, 1 + s), lambda H, W: (0, 0.9), True),
+    "Color": (lambda tv, x, s: tv.adjust_saturation(x, 1 + s), lambda H, W: (0, 0.9), True),
+    "Contrast": (lambda tv, x, s: tv.adjust_contrast(x, 1 + s), lambda H, W: (0, 0.9), True),
+    "Sharpness": (lambda tv, x, s: sharpen(x, 1 + s), lambda H, W: (0, 0.9), True),
+    "Posterize": (lambda tv, x, s: tv.posterize(x, round(s)), lambda H, W: (8, 4), False),
+    "Solarize": (lambda tv, x, s: tv.solarize(x, 255 * s), lambda H, W: (1, 0), False),
+    "AutoContrast": (lambda tv, x, s: tv.autocontrast(x), None, False),
+    "Equalize": (lambda tv, x, s: tv.equalize(x), None, False),
 }
 # The first kind moves pixels, the same whatever the image shows; for the second a new value depends
 # on the old value alone. Both are applied by a table, made on the CPU: one call for all images, and
@@ -325,7 +325,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
     """All randomness of an epoch follows from (seed, epoch): a resumed run needs no saved streams.
 
     Not from seed + epoch: run 1 would then repeat run 0, an epoch ahead. (Of several processes each
-    has dropout masks of its own: train.py adds a number of its own.)
+    has dropout masks of its own: train.py adds a multiple of the process's number.)
     """
     return seed * 1_000_003 + epoch
 

@@ -4,7 +4,7 @@ One step of training: what moves the weights, and by how much.
     images, targets -> forward -> loss -> gradients -> unscale, clip -> AdamW or Muon -> average
                        (several processes: their mean)       the learning rate follows OneCycleLR
 
-State holds all that a step changes, and so all that a checkpoint must hold.
+State holds all that a step changes.
 
 Axes:  B batch   C channels   H, W image height and width   K classes
 """

@@ -478,7 +478,7 @@ def test_the_normalisation_constants_are_those_of_the_training_set(
         assert (got.mean, got.std) == constants
 
 
-@pytest.mark.parametrize("dataset", CIFAR)
+@both_cifars
 def test_the_normalisation_constants_are_recomputed_where_the_real_set_is_present(dataset):
     """Four digits, from the 50,000 training images in data/."""
     folder = Path(data.__file__).parent / "data"

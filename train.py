@@ -70,8 +70,8 @@ class Run:
     @property
     def unused(self) -> tuple:
         """The columns of the log that this run has no use for."""
-        ema = () if self.state.ema else ("ema_accuracy",)
-        return ema if self.state.scaler.is_enabled() else (*ema, "skipped_steps")
+        used = {"ema_accuracy": self.state.ema, "skipped_steps": self.state.scaler.is_enabled()}
+        return tuple(name for name in used if not used[name])
 
     def path(self, name: str) -> str:
         return os.path.join(self.config.out, name)
@@ -158,7 +158,7 @@ def validate_epoch(run: Run, row: dict):
     if not math.isfinite(row["val_loss"]):
         raise Diverged(f"epoch {row['epoch']}: the validation loss is {row['val_loss']:g}")
     # Accuracy on augmented and mixed batches means nothing: it is measured on clean images.
-    _, row["train_accuracy"] = validate(run, state.model, [part[:2_000] for part in run.train_set])
+    _, row["train_accuracy"] = validate(run, state.model, [x[:2_000] for x in run.train_set])
     accuracy = row["val_accuracy"]
     if state.ema:
         _, row["ema_accuracy"] = validate(run, state.ema, run.val_set)
@@ -193,7 +193,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         likely, _ = recipe.build_configs(recipe.follow_data(values, 50_000))
         recipe.refuse_hours(likely, vit_config, device.type, 50_000 - likely.val_size, done)
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
         torch.use_deterministic_algorithms(True)
     if world > 1:
         device = machine.join_processes(device, world)
@@ -250,7 +250,7 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         run.peak = machine.measure_peak(device, state.dtype) * world
         run.versions = machine.versions(device)
         print(log.describe_run(run, steps))
-        loss = None if last else validate(run, state.model, [part[:1_000] for part in val_set])[0]
+        loss = None if last else validate(run, state.model, [x[:1_000] for x in val_set])[0]
         print(log.describe_start(run, loss))
         print(log.header(run.unused), flush=True)
     return run
@@ -377,7 +377,7 @@ def train(run: Run, began: float, argv: list[str] | None):
 
 
 def finish(run: Run):
-    """Evaluate the best checkpoint on the test set, once in the life of a run."""
+    """Evaluate the best checkpoint on the test set, once for a run and its --data-dir."""
     out, whole = run.config.out, snapshot(run)
     derive(run, whole)  # what a kill may have kept from being written
     best = checkpoint.best_of(whole)
@@ -440,8 +440,8 @@ def main(argv: list[str] | None = None) -> int:
             if rank == 0:
                 lock_file = checkpoint.lock(out)
                 # another run may have come and gone while the data were read
-                saved = (checkpoint.check_out(out, resume=run.epoch > 0) or {}).get("epoch")
-                if saved not in (None, run.epoch):
+                last = checkpoint.check_out(out, resume=run.epoch > 0)
+                if last and last["epoch"] != run.epoch:
                     raise ValueError(f"another run has gone on in {out} meanwhile: try again")
         except BrokenPipeError:  # as in `| head`: see log.run_program
             raise

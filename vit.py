@@ -13,8 +13,8 @@ Axes:  B batch   C channels   H, W image height and width   K classes
        D model width (dim)   h heads   d = D / h width of a head
 
 The papers: Vaswani et al. 2017 (Transformer), Dosovitskiy et al. 2021 (ViT), Touvron et al. 2021
-(DeiT). Parameter names and shapes are timm's, but for the relative position bias, so weights can be
-exchanged with timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10).
+(DeiT). With a class token and no position bias, parameter names and shapes are timm's, and weights
+fit timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10).
 
 `python vit.py` prints a tour of every module's shapes.
 """
@@ -170,8 +170,8 @@ class MultiHeadAttention(nn.Module):
 
     Vaswani 2017, section 3.2.2. torch has nn.MultiheadAttention; this one exists to be read.
     `attention` above is the definition; F.scaled_dot_product_attention computes the same without
-    storing the weights. `fused` picks one; left at None it is the fused call on accelerators and
-    the formula on a CPU: at 65 tokens about as fast in float32, faster in bfloat16 (bench.py).
+    storing the weights. `fused` picks one; left at None it is the fused call on accelerators, and
+    on a CPU the formula: at 65 tokens as fast in float32, and faster in bfloat16 (bench.py).
     """
 
     fused: bool | None = None
