@@ -19,7 +19,7 @@ import pytest
 
 import recipe
 from recipe import PRESETS, TrainConfig, build_configs, follow_data, parse, resolve
-from testing import make_parser
+from testing import make_parser, refusal
 from vit import ViTConfig
 
 HERE = Path(recipe.__file__).parent
@@ -81,15 +81,6 @@ def flag(name):
 def kind(name):
     """The type of a knob: of `float | None`, float."""
     return (get_args(KNOBS[name].type) or (KNOBS[name].type,))[0]
-
-
-def refusal(call, *args, **kwargs):
-    """The text of the ValueError that this call ends in; it has one line."""
-    with pytest.raises(ValueError) as caught:
-        call(*args, **kwargs)
-    text = str(caught.value)
-    assert text and "\n" not in text
-    return text
 
 
 def values_of(argv):

@@ -249,10 +249,10 @@ def kill(*_):
     raise Kill
 
 
-def refusal(call, *args):
+def refusal(call, *args, **kwargs):
     """The text of the ValueError that this call ends in; it has one line."""
     with pytest.raises(ValueError) as caught:
-        call(*args)
+        call(*args, **kwargs)
     text = str(caught.value)
     assert text and "\n" not in text
     return text
