@@ -69,8 +69,8 @@ def random_resized_crop(images: Tensor, scale: tuple, ratio: tuple, generator: G
     """uint8 (N, C, H, W) -> the same: a window of random area and aspect, resized bilinearly.
 
     scale: limits of the window's area as a fraction of the image's; ratio: of its width / height.
-    The crop of GoogLeNet (Szegedy 2015) as torchvision's RandomResizedCrop draws it: ten tries,
-    then the whole image.
+    The crop of GoogLeNet (Szegedy 2015) as torchvision's RandomResizedCrop draws it for a square
+    image: ten tries, then the whole.
     """
     N, C, H, W = images.shape
     area = H * W * (scale[0] + (scale[1] - scale[0]) * torch.rand(N, 10, generator=generator))

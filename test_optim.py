@@ -1,8 +1,8 @@
 """
 The specification of optim.py: one step of training, by the textbook's lines on a copy.
 
-The models are small, in float64, with every parameter scrambled: at fresh weights a forgotten norm
-or bias shows in no number. AdamW hides the size of a gradient in its first step, and SGD is
+The models are small, in float64, with every parameter scrambled: at fresh weights a forgotten bias
+shows in no number. AdamW hides the size of a gradient in its first step, and SGD is
 another optimizer than build_state makes, so steps are compared in both, and two of them.
 """
 

@@ -120,6 +120,13 @@ def test_the_picture_of_the_confusion_matrix_shows_shares_of_the_true_class(axes
     assert "pets" in axis.get_title() and "50.00%" in axis.get_title()
 
 
+@pytest.mark.parametrize("K, written", [(20, 20), (21, 0)])
+def test_counts_are_written_into_the_squares_while_they_can_be_read(K, written, axes):
+    metrics = {"confusion_matrix": torch.eye(K).long().tolist(), "classes": ["a"] * K}
+    plots.plot_confusion_matrix("", {**metrics, "accuracy": 1.0}, "")
+    assert len(axes[0].texts) == written
+
+
 def test_the_confusion_matrix_of_a_thousand_classes_is_no_larger_than_that_of_a_hundred(
     monkeypatch,
 ):

@@ -154,8 +154,9 @@ def start_like_convolution(side: int, heads: int) -> Tensor:
     Every head prefers one displacement, the nearest first: here, above, left, right, below, the
     four corners, and so on. The others get minus their squared distance to it, but at least -4.
     Nine heads then look where a 3x3 convolution looks, by the quadratic form of Cordonnier 2020,
-    but softly: on 8x8 patches a quarter of the weight is on the displacement preferred, and half on
-    the eight around it. They are free to unlearn it (as in ConViT, d'Ascoli 2021).
+    but softly: on 8x8 patches (and no class token) a quarter of the weight is on the displacement
+    preferred, and half on the eight around it. They are free to unlearn it (as in ConViT, d'Ascoli
+    2021).
     """
     steps = torch.arange(1 - side, side)
     displacements = torch.cartesian_prod(steps, steps)  # ((2 S - 1)^2, 2): rows down, columns right
@@ -171,7 +172,7 @@ class MultiHeadAttention(nn.Module):
     Vaswani 2017, section 3.2.2. torch has nn.MultiheadAttention; this one exists to be read.
     `attention` above is the definition; F.scaled_dot_product_attention computes the same without
     storing the weights. `fused` picks one; left at None it is the fused call on accelerators, and
-    on a CPU the formula: at 65 tokens as fast in float32, and faster in bfloat16 (bench.py).
+    on a CPU the formula: at 65 tokens nearly as fast in float32, faster in bfloat16 (bench.py).
     """
 
     fused: bool | None = None
@@ -197,8 +198,9 @@ class MultiHeadAttention(nn.Module):
         """(h, N, N): what is added to the scores (Swin, Liu 2021, eq. 4). The class token gets 0.
 
         The table has a row for every displacement from query to key, in reading order: from S - 1
-        up and S - 1 left to as many down and right. Laid out as a picture, each query sees a window
-        of S x S numbers, one for every key. The last query sees the first window.
+        up and S - 1 left to as many down and right. Laid out as a picture, a query in row r and
+        column c sees a window of S x S numbers, one for every key, that begins at row S - 1 - r and
+        column S - 1 - c: the last query sees the first window.
         """
         if self.relative_position_bias_table is None:
             return None
