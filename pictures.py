@@ -233,8 +233,9 @@ def readable_formats() -> list[str]:
 
     Image.init()
     # PostScript, whatever the file is called, would start Ghostscript, which can be made to run a
-    # stranger's code (python-pillow/Pillow#7391); the others are names without a reader.
-    return sorted({*Image.OPEN} - {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
+    # stranger's code (python-pillow/Pillow#7391), and IPTC opens whatever it holds; the others are
+    # names without a reader.
+    return sorted({*Image.OPEN} - {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
 
 
 @cache

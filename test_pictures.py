@@ -711,10 +711,18 @@ def test_a_file_that_is_not_a_whole_picture_is_refused_by_its_path(suffix, kept,
         pictures.open_image(str(path), 8)
 
 
-def test_a_postscript_file_that_is_called_jpg_does_not_start_ghostscript(tmp_path, monkeypatch):
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+FIELDS = {(3, 60): b"\1\0", (3, 20): b"\11", (3, 30): b"\11", (3, 120): b"\5", (8, 10): POSTSCRIPT}
+IPTC = b"".join(bytes([28, *tag, 0, len(value)]) + value for tag, value in FIELDS.items())
+
+
+@pytest.mark.parametrize("content", [POSTSCRIPT, IPTC], ids=["as it is", "in another format"])
+def test_a_postscript_file_that_is_called_jpg_does_not_start_ghostscript(
+    content, tmp_path, monkeypatch
+):
     """Pillow goes by what is in a file and not by its name; and this one may be a stranger's."""
     path = tmp_path / "holiday.jpg"
-    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    path.write_bytes(content)
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{tmp_path}/started'; echo 10.01\n")
     (tmp_path / "gs").chmod(0o700)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
