@@ -305,10 +305,11 @@ def main(argv: list[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             print(f"warning: no curves: {error}", file=sys.stderr)
         out = args.out or folder
-        if os.path.realpath(out) != os.path.realpath(folder):
+        of_a_run = os.path.basename(path) in ("last.pt", "best.pt")  # and no copy beside them
+        if not of_a_run or os.path.realpath(out) != os.path.realpath(folder):
             refuse_place(out, checkpoint["train"], args.data_dir)
-        if args.data_dir and not suffix_of(checkpoint, args.split):
-            refuse_other_images(out, args.data_dir)
+        if not suffix_of(checkpoint, args.split):
+            refuse_other_images(out, args.data_dir or checkpoint["train"]["data_dir"])
         evaluate(checkpoint, out, args.split, args.data_dir, args.device, history=history)
     except BrokenPipeError:  # as in `| head`: see log.run_program
         raise

@@ -607,13 +607,24 @@ def test_a_look_at_other_images_does_not_replace_that_at_the_test_set(plain, cap
 
 
 def test_a_look_at_other_images_replaces_none_in_a_folder_of_its_own_either(plain, capsys):
-    for name in ("elsewhere", "a third"):
+    for name in ("elsewhere", "a third", "data"):  # the last is where it was trained
         os.mkdir(name)
     words = (plain, "--out", "new", "--device", "cpu", "--data-dir")
     assert program(*words, "elsewhere") == 0
     before = tree()
     assert program(*words, "a third") == 2 and tree() == before
     assert "new/metrics.json is of the images in elsewhere" in capsys.readouterr().err
+    assert program(plain, "--out", "new", "--device", "cpu") == 2 and tree() == before
+
+
+def test_a_copy_of_earlier_weights_beside_them_does_not_replace_the_runs_numbers(plain, capsys):
+    shutil.copytree(plain, "out")
+    shutil.copy("out/best.pt", "out/best-50.pt")
+    before = tree()
+    assert program("out/best-50.pt", "--device", "cpu") == 2
+    assert "out holds another run: choose another --out" in capsys.readouterr().err
+    assert tree() == before
+    assert program("out/best-50.pt", "--device", "cpu", "--out", "new") == 0
 
 
 def test_a_look_from_one_run_does_not_replace_that_of_another(plain, capsys):
