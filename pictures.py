@@ -161,7 +161,7 @@ def walk(folder: str, seen: set[str], locked: list[str] | None = None) -> Iterat
 
 
 def list_images(root: str, passed_over: Counter) -> dict[str, list[str]]:
-    """{class: paths of its pictures} of root/<class>/, both sorted; counts what is no picture.
+    """{class: paths of its pictures} of root/<class>/, in order; counts what is no picture.
 
     FileNotFoundError for what is missing or empty, ValueError for a single class.
     """
@@ -183,9 +183,11 @@ def list_images(root: str, passed_over: Counter) -> dict[str, list[str]]:
                 f"in some archives, else rename it"
             )
         pictures = [path for path in files if is_picture(path)]
+        others = sorted({*files} - {*pictures})
+        refuse_dead_links(others)
         if not pictures:
             raise FileNotFoundError(f"no pictures in {folder}: {found_in(folder)}")
-        passed_over.update(ending(path) for path in files if not is_picture(path))
+        passed_over.update(map(ending, others))
         # An accent is one character or two (macOS): the names look alike, and are one class.
         images.setdefault(unicodedata.normalize("NFC", name), []).extend(pictures)
     if len(images) == 1:
@@ -199,7 +201,7 @@ def list_images(root: str, passed_over: Counter) -> dict[str, list[str]]:
 def refuse_dead_links(paths: list[str]):
     """FileNotFoundError for a link to what is not there, as on a disk that is not mounted.
 
-    It may have been a class, or a part.
+    It may have been a class, a part, or a folder of a class.
     """
     for path in paths:
         target = os.path.realpath(path)
@@ -218,8 +220,11 @@ def found_in(folder: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Also what macOS, Windows, Linux and NAS boxes leave beside pictures: thumbnails, mostly."""
-    return name.startswith(".") or name in MACHINE_MADE
+    """Also what macOS, Windows, Linux and NAS boxes leave beside pictures: thumbnails, mostly.
+
+    Not .a.jpg.icloud: a picture that older Macs have not downloaded, and that is to be counted.
+    """
+    return (name.startswith(".") and not name.endswith(".icloud")) or name in MACHINE_MADE
 
 
 def ending(path: str) -> str:

@@ -387,14 +387,15 @@ def test_a_folder_that_holds_the_classes_again_is_not_taken_for_a_class(files, a
 def test_files_that_are_passed_over_are_counted_by_their_ending(tmp_path, capsys):
     """32 of 40 pictures of a class can vanish as .heic; one line says so, whatever the case."""
     make_folder(tmp_path)
-    for name in ("train/cat/1.heic", "train/dog/2.HEIC", "test/cat/3.txt", "test/cat/dog"):
+    names = "train/cat/1.heic train/dog/2.HEIC test/cat/3.txt test/cat/dog train/cat/.4.jpg.icloud"
+    for name in names.split():
         (tmp_path / name).write_bytes(b"")
     for name in ("train/loose", "Unlabeled/1", "Unlabeled/2"):
         write_picture(tmp_path / f"{name}.png", noise(1, 6, 6, 0)[0])
     load_folder(tmp_path)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("passed over")]
     loose, other = "1 outside the class folders", "2 in Unlabeled/"
-    for count in ("2 .heic", "1 .txt", "1 without an ending", loose, other):
+    for count in ("2 .heic", "1 .txt", "1 without an ending", "1 .icloud", loose, other):
         assert count in line
 
 
@@ -433,10 +434,10 @@ def test_a_picture_that_is_a_link_to_nowhere_or_to_itself_is_named(target, tmp_p
     assert str(tmp_path / "train/cat/9.png") in refused(tmp_path)
 
 
-@pytest.mark.parametrize("link", ["emu", "train/emu", "val", "test"])
+@pytest.mark.parametrize("link", ["emu", "train/emu", "train/cat/2020", "val", "test"])
 def test_a_class_or_a_part_that_is_a_link_to_nowhere_is_named(link, tmp_path):
-    """Its disk is not mounted. A class would be gone without a word, and a test part be replaced by
-    a fifth of the training images."""
+    """Its disk is not mounted. A class, or most of it, would be gone without a word, and a test
+    part be replaced by a fifth of the training images."""
     make_folder(tmp_path)
     if link == "test":
         shutil.rmtree(tmp_path / "test")
@@ -871,7 +872,7 @@ def test_every_image_size_has_a_cache_of_its_own(tmp_path):
 
 
 def test_caches_do_not_pile_up(tmp_path):
-    """Pictures come and go for ten runs: there is room for five, and not for fifty."""
+    """Pictures come and go for ten runs: there is room for eight, and not for eighteen."""
     make_folder(tmp_path)
     load_folder(tmp_path)
     files, size = sorted(os.listdir(tmp_path)), cache_of(tmp_path).stat().st_size
