@@ -500,7 +500,9 @@ def test_the_peak_is_the_work_of_a_large_product_over_its_time_when_it_was_faste
 
 def git(*words, folder="."):
     names = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "init.defaultBranch=main"]
-    done = subprocess.run(["git", "-C", folder, *names, *words], capture_output=True, text=True)
+    alone = {"PATH": os.environ["PATH"]}  # of a hook's repository, and of what its user likes
+    command = ["git", "-C", folder, *names, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=alone)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -542,8 +544,10 @@ needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="there is no 
 
 @needs_git
 def test_the_commit_is_that_of_the_files_and_says_whether_they_were_changed(monkeypatch):
+    """By its number: a tag may be moved."""
     copy_files("mine")
     head = commit_all("mine")
+    git("tag", "-a", "v1", "-m", "a", folder="mine")
     assert commit_in("mine", monkeypatch) == head[:12]
     Path("mine/vit.py").write_text("changed")
     assert commit_in("mine", monkeypatch) == f"{head[:12]}-dirty"
