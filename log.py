@@ -86,7 +86,7 @@ def read_log(path: str) -> list[dict]:
         history = [
             {key: None if row[key] == "" else float(row[key]) for key in NAMES} for row in rows
         ]
-        if any(row["epoch"] is None for row in history):
+        if any(None in row or row["epoch"] == "" for row in rows):  # None: a cell more than names
             raise ValueError
         return history
     except (KeyError, TypeError, ValueError, csv.Error):

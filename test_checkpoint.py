@@ -595,7 +595,9 @@ def test_a_folder_is_locked_until_its_run_ends():
 def test_a_folder_of_two_users_is_locked_for_both(monkeypatch):
     """The second may not write to the first one's file."""
     os.mkdir("out")
+    mask = os.umask(0o022)
     file, real = checkpoint.lock("out"), os.open
+    os.umask(mask)
     assert os.stat("out/.lock").st_mode & 0o044 == 0o044  # but may read it
 
     def refuse(path, flags, *mode):

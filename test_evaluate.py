@@ -129,8 +129,10 @@ def test_the_memory_of_a_call_is_bounded_whatever_the_network(network):
 def test_images_come_in_equal_parts():
     """A block is compiled anew for every size."""
     images = torch.zeros(10_000, 3, 1, 1, dtype=torch.uint8)
-    for n, size in ((10_000, 625), (5_000, 625), (2_000, 500), (1_000, 500)):
-        model = Recorder()
+    sizes = {10_000: 625, 5_000: 625, 2_000: 500, 1_000: 500}
+    patches = ((4, n, size) for n, size in sizes.items())
+    for patch_size, n, size in (*patches, (16, 10_000, 1_000)):
+        model = Recorder(patch_size=patch_size)
         evaluate.compute_logits(model, images[:n], DATASET.mean, DATASET.std)
         assert set(map(len, model.seen)) == {size}
 

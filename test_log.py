@@ -146,7 +146,7 @@ def test_a_log_that_a_spreadsheet_has_saved_is_read_as_before(change):
     [
         lambda text: text.replace("val_loss", "loss").encode(),
         lambda text: text.replace(",", ";").encode(),
-        lambda text: text.replace("0.75", "0,75").replace("7,", "x,", 1).encode(),
+        lambda text: text.replace("0.75", "0,75").encode(),
         lambda text: text.replace("1.5", "n/a").encode(),
         lambda text: text[: text.rindex("8,") + 4].encode(),
         lambda text: text.encode("utf-16"),
@@ -289,7 +289,8 @@ def test_a_hint_names_the_file_as_it_can_be_called_from_where_the_user_stands(
         assert os.path.samefile(log.program(name), HERE / name)
     if folder == ".":
         assert log.program("train.py") == "train.py"
-    assert log.program("train.py") in (str(HERE / "train.py"), os.path.relpath(HERE / "train.py"))
+    names = str(HERE / "train.py"), os.path.relpath(HERE / "train.py")
+    assert log.program("train.py") == min(names, key=len)
 
 
 def test_the_command_that_continues_is_the_one_that_began_and_resume(monkeypatch):
