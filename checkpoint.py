@@ -104,7 +104,9 @@ def load_checkpoint(path: str) -> dict:
     try:
         build_model(checkpoint)
         missing = [name for name in (*FACTS, "epoch") if name not in checkpoint]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise ValueError(f"cannot read {path}: out of memory") from None
         text = " ".join(str(error).split())  # of load_state_dict, pages of names
         missing = [text.removeprefix("Error(s) in loading state_dict for VisionTransformer: ")]
     if missing:
@@ -138,10 +140,10 @@ def check_out(out: str, resume: bool) -> dict | None:
     try:
         os.close(os.open(trial, os.O_CREAT | os.O_EXCL))
         os.remove(trial)
-    except OSError:
+    except OSError as error:
         raise ValueError(
             f"cannot write to the output folder {out}: "
-            f"{parent} is not a folder that can be written to"
+            f"{parent} is not a folder that can be written to ({error.strerror})"
         ) from None
     names = ("last.pt", "best.pt", "metrics.json", "log.csv")
     found = [name for name in names if os.path.exists(os.path.join(out, name))]

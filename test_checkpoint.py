@@ -453,10 +453,11 @@ def test_a_disk_that_fails_is_not_called_a_damaged_file(plain, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: you tried")])
+@pytest.mark.parametrize("owner, name", [(torch, "load"), (checkpoint, "build_model")])
 def test_a_checkpoint_that_the_memory_does_not_hold_is_not_called_damaged(
-    error, plain, monkeypatch
+    error, owner, name, plain, monkeypatch
 ):
-    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=error))
+    monkeypatch.setattr(owner, name, mock.Mock(side_effect=error))
     text = refusal(load_checkpoint, str(plain / "last.pt"))
     assert text == f"cannot read {plain}/last.pt: out of memory"
 
@@ -534,7 +535,7 @@ def test_a_file_in_the_way_of_the_output_folder_is_refused(out):
     os.symlink("gone", "nowhere")
     text = refusal(check_out, out, False)
     assert text.startswith(f"cannot write to the output folder {out}: ")
-    assert f"{Path(out).parts[0]} is not a folder that can be written to" in text
+    assert f"{Path(out).parts[0]} is not a folder that can be written to (" in text
 
 
 @pytest.mark.parametrize("mode", [0o555, 0o666])
