@@ -150,7 +150,8 @@ def program(name: str) -> str:
 def command(argv: list[str] | None, world: int, *more: str) -> str:
     """The command that continues a run, quoted for a shell."""
     words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--resume"]
-    launcher = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}"]
+    here = os.environ.get("LOCAL_WORLD_SIZE", world)  # of the processes those on this machine
+    launcher = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={here}"]
     return quote([*launcher, program("train.py"), *words, "--resume", *more])
 
 

@@ -299,6 +299,8 @@ def test_the_command_that_continues_is_the_one_that_began_and_resume(monkeypatch
     continued = log.command(["--out", "a b", "--resume"], 1)
     assert continued == "python train.py --out 'a b' --resume"
     assert log.command([], 4) == "torchrun --nproc_per_node=4 train.py --resume"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # on each of two machines
+    assert log.command([], 4) == "torchrun --nproc_per_node=2 train.py --resume"
     monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "3"])
     expected = "python train.py --seed 3 --resume --grad-clip 1"
     assert log.command(None, 1, "--grad-clip", "1") == expected
