@@ -480,8 +480,11 @@ def test_one_class_in_two_spellings_of_its_accent_is_a_single_class(tmp_path):
 def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
     """Bytes of an old zip, say: it could be trained on, and not be printed or drawn."""
     make_folder(tmp_path)
-    for part in ("train", "test"):
-        os.rename(tmp_path / part / "cat", os.fsencode(tmp_path / part) + b"/caf\xe9")
+    try:
+        for part in ("train", "test"):
+            os.rename(tmp_path / part / "cat", os.fsencode(tmp_path / part) + b"/caf\xe9")
+    except OSError:
+        pytest.skip("this drive, as a Mac's, has no such names")
     message = refused(tmp_path)
     assert "UTF-8" in message and message.isascii()
 
