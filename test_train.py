@@ -808,20 +808,43 @@ def test_the_first_process_gets_the_data_before_the_others_do(rank, order, joine
     assert seen == order
 
 
-@pytest.mark.parametrize("other", ["begins anew", "has other pictures"])
-def test_processes_that_see_different_runs_or_images_are_refused(other, plain, joined, monkeypatch):
+@pytest.mark.parametrize("other", ["run", "pictures", "network", "flags"])
+def test_processes_that_see_different_runs_flags_or_images_are_refused(
+    other, plain, joined, monkeypatch
+):
     """On two machines with a disk each: only the first's has the run, which the other would begin
     anew. They averaged the gradients of two different models, and saved them."""
     shutil.copytree(plain, "out")
 
     def all_gather_object(seen, mine):
-        epoch, fingerprint = mine
-        seen[:] = [mine, (0, fingerprint) if other == "begins anew" else (epoch, "another")]
+        run, pictures, network, flags = mine
+        its = {"run": 0, "pictures": "b", "network": None, "flags": replace(flags, lr=9.0)}[other]
+        theirs = {"run": run, "pictures": pictures, "network": network, "flags": flags, other: its}
+        seen[:] = [mine, tuple(theirs.values())]
 
     assert prepare("--resume", world=2).epoch == 2
     monkeypatch.setattr(train.dist, "all_gather_object", all_gather_object)
     with pytest.raises(ValueError, match="--out must lie on a disk that all of them share"):
         prepare("--resume", world=2)
+
+
+def test_processes_on_gpus_that_compute_in_different_dtypes_are_refused(joined, monkeypatch):
+    """Of a mean of scaled and unscaled gradients half would be lost."""
+
+    def all_gather_object(seen, mine):
+        seen[:] = [mine, torch.float16 if isinstance(mine, torch.dtype) else mine]
+
+    monkeypatch.setattr(train.dist, "all_gather_object", all_gather_object)
+    with pytest.raises(ValueError, match="give --dtype float16"):
+        prepare(world=2)
+
+
+def test_processes_may_find_the_same_run_and_images_in_other_places(joined, monkeypatch):
+    seen = []
+    monkeypatch.setattr(machine, "all_see", lambda value, _: seen.append(value) or True)
+    for place in ("a", "b"):
+        prepare("--out", place, "--data-dir", place, world=2)
+    assert seen[:2] == seen[2:]
 
 
 def test_the_hundred_percent_of_mfu_is_the_peak_of_all_processes_together(joined):

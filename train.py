@@ -220,11 +220,15 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
         values = recipe.follow_data(values, len(dataset.train_images), n_val)
     config, vit_config = recipe.build_configs(values, len(dataset.classes))
     train_set, val_set = data.hold_out(dataset, config.val_size, config.seed)
-    if not machine.all_see((done, fingerprint), world):  # on two machines, with two disks, say
+    # on two machines, with two disks, commands or kinds of GPU, say
+    same = replace(config, out="", data_dir="", device="")
+    if not machine.all_see((done, fingerprint, vit_config, same), world):
         raise ValueError(
-            "the processes see different runs or different images: --out must lie on a disk "
+            "the processes see different runs, flags or images: --out must lie on a disk "
             "that all of them share, and --data-dir had better, too"
         )
+    if not machine.all_see(machine.pick_dtype(config.dtype, device), world):
+        raise ValueError("the processes' GPUs compute in different dtypes: give --dtype float16")
     dataset = replace(dataset, train_images=torch.empty(0))  # split, they need not be kept twice
     n = len(train_set[0])
     recipe.refuse_hours(config, vit_config, device.type, n, done)
