@@ -78,8 +78,7 @@ class Run:
 
 
 class Diverged(Exception):
-    """A loss, a gradient or a weight is not a finite number. The arguments: the message, then the
-    flags that may rescue the run, if they are not the usual ones."""
+    """A loss, a gradient or a weight is not a finite number."""
 
 
 def train_epoch(run: Run, epoch: int) -> dict:
@@ -128,8 +127,7 @@ def train_epoch(run: Run, epoch: int) -> dict:
         raise Diverged(f"epoch {epoch}: the norm of the weights is {weight_norm:g}")
     taken = state.scheduler.last_epoch - taken_before
     if not taken and state.scaler.get_scale() < 1:  # float16's; each skipped step halves it
-        text = f"epoch {epoch}: the gradients overflow, however small the loss scale"
-        raise Diverged(text, "--dtype", "float32")
+        raise Diverged(f"epoch {epoch}: the gradients overflow, however small the loss scale")
     images_per_second = steps * config.batch_size / seconds
     return dict.fromkeys(log.NAMES) | {
         "epoch": epoch,
@@ -327,8 +325,9 @@ def derive(run: Run, whole: dict):
 def save_pause(device: torch.device) -> float:
     """The fewest seconds between two checkpoints.
 
-    An epoch of a fast GPU takes half a second, and saving it may take as long. So a kill there
-    costs these seconds and an epoch of work, and on a CPU no more than the epoch it came in.
+    An epoch of a fast GPU takes half a second, and saving it may take as long. So (with
+    --save-every 1) a kill there costs these seconds and an epoch of work, and on a CPU no more than
+    the epoch it came in.
     """
     return 0.0 if device.type == "cpu" else 10.0
 
@@ -360,7 +359,8 @@ def train(run: Run, began: float, argv: list[str] | None):
 
         # save
         rested = time.monotonic() - last_save >= save_pause(run.device)
-        is_due = epoch % config.save_every == 0 and rested
+        untimed = config.max_minutes and not longest_save  # the first tells how long they take
+        is_due = (epoch % config.save_every == 0 or untimed) and rested
         if run.rank == 0 and (is_last or out_of_time or is_due):
             save_began = time.monotonic()
             save(run)
@@ -469,10 +469,11 @@ def main(argv: list[str] | None = None) -> int:
             log.say_at_last(f"{told}\ncontinue with: {log.command(argv, world)}")
         return 128 + number
     except Diverged as error:
-        text, *flags = error.args
-        hint = f"{' '.join(flags) or 'A lower --lr or --grad-clip 1'} may help"
-        rescue = log.command(argv, world, *(flags or ("--grad-clip", "1", "--lr", "LOWER")))
-        fail(1, f"{text}. {hint}. {on_disk()}; continue with: {rescue}")
+        clip = [] if run.config.grad_clip else ["--grad-clip", "1"]
+        is_float16 = run.state.scaler.is_enabled()  # in which the forward pass overflows as well
+        rescue = ["--dtype", "float32"] if is_float16 else [*clip, "--lr", "LOWER"]
+        command = log.command(argv, world, *rescue)
+        fail(1, f"{error}. {' '.join(rescue)} may help. {on_disk()}; continue with: {command}")
     except BrokenPipeError:
         raise
     except OSError as error:  # a full disk, a folder that is gone
