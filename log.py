@@ -121,7 +121,7 @@ def describe_run(run, steps: int) -> str:
         f"         {config.optimizer}, peak lr {config.lr:g}, weight decay {config.weight_decay:g}",
         f"machine  {run.world} x {facts['device']}, {dtype}{compiled}",
         f"         torch {facts['torch']}, commit {facts['commit']}",
-        f"         a large matrix product does {run.peak / 1e12:.2f} TFLOP/s: the 100 % of MFU",
+        f"         large matrix products do {run.peak / 1e12:.2f} TFLOP/s: the 100 % of MFU",
     )
     return "\n".join(lines)
 

@@ -107,6 +107,7 @@ def test_code_runs_on_later_gpus_of_its_kind(names, capability, runs, monkeypatc
 
 def test_the_dtype_is_the_fastest_one_that_the_device_really_has(monkeypatch):
     """A T4 (7.5) only emulates bfloat16; its is_bf16_supported() says yes all the same."""
+    monkeypatch.setattr(torch.version, "hip", None)  # of PyTorch for AMD
     expected = {(9, 0): torch.bfloat16, (8, 0): torch.bfloat16, (7, 5): torch.float16}
     for capability, dtype in expected.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
@@ -144,7 +145,6 @@ def test_bfloat16_is_not_for_cpus_that_only_emulate_it(found, dtype, monkeypatch
     """With AVX-512 but without AVX512_BF16, as many Xeons in the cloud are, a product takes five
     times as long, and without AVX-512 40 to 500 times. An accelerator has its own."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: found)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert machine.pick_dtype("bfloat16", CPU) == dtype
     assert machine.pick_dtype("bfloat16", torch.device("mps")) == torch.bfloat16
     assert machine.pick_dtype("float16", CPU) == torch.float16

@@ -1638,7 +1638,7 @@ def test_a_signal_at_any_moment_of_a_save_leaves_whole_files_and_ends_it(monkeyp
     began = time.perf_counter()
     train.save(ours)
     seconds = time.perf_counter() - began
-    old = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    old = {n: signal.getsignal(n) for n in (*log.SIGNALS, signal.SIGALRM)}
     stopped = 0
     try:
         for _ in range(40):
@@ -2220,12 +2220,28 @@ def launched(world, *flags):
 
 @contextlib.contextmanager
 def processes(world, *flags):
-    """Ranks that all end well; gives the first one's output."""
+    """Ranks that all end well; gives the first one's output. The others say nothing."""
     with launched(world, *flags) as started:
         yield started[0][1]
-        for process, _ in started:
+        for i, (process, output) in enumerate(started):
             process.join(60)
-            assert process.exitcode == 0
+            assert process.exitcode == 0 and (i == 0 or output.read() == "")
+
+
+def test_the_first_process_decides_whether_the_time_is_up(monkeypatch):
+    """Whatever the own clock says: one would stop, and wait for another that goes on."""
+    monkeypatch.setattr(machine, "rank_0_decides", lambda over, *_: not over)
+    assert run("--max-minutes", 60) == 0 and saved()["epoch"] == 1
+
+
+def test_a_process_whose_neighbours_have_left_at_the_end_ends_well(monkeypatch):
+    """All is written by then."""
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1")):
+        monkeypatch.setenv(name, value)
+    for name in ("prepare", "train"):
+        monkeypatch.setattr(train, name, lambda *_: None)
+    monkeypatch.setattr(train.dist, "barrier", mock.Mock(side_effect=RuntimeError))
+    assert run() == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -2380,6 +2396,7 @@ def gpu(monkeypatch):
         return {(found[0][0][0].device, key[1]): found for key, found in real(*args).items()}
 
     pretended = PretendedGPU()
+    monkeypatch.setattr(torch.version, "hip", None)  # of PyTorch for AMD
 
     def on_cpu(real):
         def answer(device, *args, **kwargs):
