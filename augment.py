@@ -367,7 +367,10 @@ def epoch_batches(
 def main(argv: list[str] | None = None):
     """Draw images through every augmentation, each with several draws, into one picture."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's may be of a package that is not here
+    from matplotlib import rcdefaults
     from matplotlib.figure import Figure
+
+    rcdefaults()  # the user's settings may ask for LaTeX
 
     parser = argparse.ArgumentParser(
         description=main.__doc__, usage=argparse.SUPPRESS, allow_abbrev=False

@@ -25,6 +25,7 @@ import re
 from collections import Counter
 from unittest import mock
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -167,7 +168,7 @@ def test_resized_crops_are_drawn_as_torchvision_draws_them():
     squares: 12 numbers, each within 6 standard errors (false alarm 12 x 2e-9)."""
     H, W, scale, ratio = 24, 32, (0.08, 1.0), (3 / 4, 4 / 3)
     ours = drawn_windows(torch.zeros(20_000, 1, H, W, dtype=torch.uint8), scale, ratio, 0)[1]
-    with torch.random.fork_rng():  # torchvision draws from the global stream
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global stream
         torch.manual_seed(0)
         theirs = v2.RandomResizedCrop((H, W), scale, ratio)
         theirs = [theirs.make_params([torch.empty(3, H, W)]) for _ in range(2_000)]
@@ -279,7 +280,7 @@ def test_random_functions_draw_from_their_generator_and_from_nothing_else(name):
     """The same seed gives the same result whatever the global stream holds, and leaves that be."""
     images, results = noise(12, 16, 16, 0), []
     for elsewhere in (1, 2):
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(elsewhere)
             before = torch.get_rng_state()
             results.append(RANDOM[name](images, rng(5)))
@@ -887,7 +888,8 @@ def test_the_picture_goes_where_the_user_says_even_without_a_suffix(tmp_path, mo
     small = data.draw_shapes
     monkeypatch.setattr(data, "draw_shapes", lambda n, size, seed: small(10, size, seed))
     monkeypatch.chdir(tmp_path)
-    augment.main(["--out", "draws", "--image-size", "16"])
+    with matplotlib.rc_context({"text.usetex": True}):  # whatever matplotlibrc says
+        augment.main(["--out", "draws", "--image-size", "16"])
     assert [path.name for path in tmp_path.iterdir()] == ["draws"]
     assert capsys.readouterr().out == "wrote draws\n"
     with Image.open("draws") as picture:
