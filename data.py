@@ -118,9 +118,9 @@ def load_cifar(dataset: str, data_dir: str, download_url: str | None = None) -> 
         if is_new and os.path.isdir(data_dir) and not os.listdir(data_dir):
             os.rmdir(data_dir)  # nothing came: leave no trace
         raise OSError(
-            f"cannot get {dataset} ({error}). Put {official.filename} (md5 {official.tgz_md5}) "
-            f"into {data_dir}/, or name a mirror with --download-url, or see everything run "
-            f"without it: --preset demo"
+            f"cannot get {dataset} ({error}). Put a whole {official.filename} (md5 "
+            f"{official.tgz_md5}, no other is taken) into {data_dir}/, or name a mirror with "
+            f"--download-url, or see everything run without it: --preset demo"
         ) from None
     parts = {}
     for name, part in (("train", train), ("test", test)):
@@ -178,8 +178,8 @@ def draw_shapes(n: int, image_size: int, seed: int) -> tuple[Tensor, Tensor]:
     Each has five identical dots. Only their arrangement tells the class, not their colour nor any
     single pixel; a ViT without positions gets half of the drawings right. Drawn at random are the
     colours, whether the dots are lighter or darker than the paper, their size, a small shift of
-    each and a larger one of all, and whether all is mirrored: a mirrored picture is of the same
-    class. The same seed draws the same bytes (on CPUs with the same instructions).
+    each and a larger one of all, some noise, and whether all is mirrored: a mirrored picture is of
+    the same class. The same seed draws the same bytes (on CPUs with the same instructions).
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -148,9 +148,10 @@ def test_a_missing_or_truncated_dataset_says_which_file_and_what_to_do(
     with pytest.raises(OSError) as caught:
         data.load(dataset, str(tmp_path), 32)
     message = str(caught.value)
-    for part in (dataset, filename, md5, str(tmp_path), "--download-url", "--preset demo"):
+    for part in (dataset, f"a whole {filename}", md5, "no other is taken", str(tmp_path)):
         assert part in message
-    assert "\n" not in message and type(caught.value) is OSError and caught.value.__cause__ is None
+    assert "--download-url" in message and "--preset demo" in message and "\n" not in message
+    assert type(caught.value) is OSError and caught.value.__suppress_context__
 
 
 class Mirror:
@@ -219,7 +220,8 @@ def test_runs_that_start_together_unpack_a_tarball_once(folder, tmp_path, monkey
 
 
 def test_a_server_that_falls_silent_is_not_waited_for_for_ever(tmp_path, monkeypatch):
-    """It sends half of the file and no more, over a real connection."""
+    """It answers the first request and no second one, over a real connection."""
+    monkeypatch.setenv("no_proxy", "*")
     real, asked = socket.setdefaulttimeout, []
     real(7)  # somebody else's, to be put back
 
@@ -540,7 +542,7 @@ def test_the_shapes_dataset_has_the_interface_of_cifar10():
 @given(st.integers(1, 25), seeds)
 def test_the_same_seed_draws_the_same_shapes_and_the_splits_share_no_image(n, seed):
     """Bitwise, whatever the global stream holds; another seed draws other images."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         images, labels = data.draw_shapes(n, 8, seed)
         torch.manual_seed(2)
@@ -644,7 +646,7 @@ def test_a_mirrored_shape_is_of_the_same_class():
     stairs = images[labels == list(data.SHAPES).index("stairs")].float().mean(1)  # (40, H, W)
     side = (stairs[:, :12, :16] - stairs.mean((1, 2), keepdim=True)).abs().mean((1, 2))
     other = (stairs[:, :12, 16:] - stairs.mean((1, 2), keepdim=True)).abs().mean((1, 2))
-    assert 8 < (side > other).sum() < 32  # the first dot is left or right: 6 deviations are 19
+    assert_rate((side > other).sum().item(), 40, 0.5)  # the first dot is left or right
 
 
 def test_every_dot_is_in_the_picture_and_stands_out_from_its_paper():
