@@ -126,7 +126,7 @@ def peers(config: ViTConfig) -> dict:
         from vit_pytorch import ViT
 
         sizes = {"image_size": size, "patch_size": patch, "num_classes": config.num_classes}
-        sizes |= {"dim": dim, "depth": depth, "heads": heads, "dim_head": config.head_dim}
+        sizes |= {"dim": dim, "depth": depth, "heads": heads, "dim_head": dim // heads}
         found["vit-pytorch"] = ViT(mlp_dim=config.mlp_dim, **sizes)
     except ImportError:
         print("  (vit-pytorch is not installed: pip install vit-pytorch)")

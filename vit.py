@@ -81,10 +81,6 @@ class ViTConfig:
         return self.num_patches + (self.pool == "cls")
 
     @property
-    def head_dim(self) -> int:  # d
-        return self.dim // self.heads
-
-    @property
     def mlp_dim(self) -> int:  # width of the MLP's hidden layer
         return int(self.dim * self.mlp_ratio)
 
