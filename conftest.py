@@ -36,6 +36,8 @@ def pytest_configure(config):
         os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
     config.addinivalue_line("markers", "slow: minutes instead of seconds; run with -m slow")
     config.addinivalue_line("filterwarnings", "error")
+    # an NVIDIA driver that is older than PyTorch's CUDA
+    config.addinivalue_line("filterwarnings", "ignore:CUDA initialization")
     # torchvision's way of unpacking a tarball, on Python 3.12 and 3.13
     config.addinivalue_line("filterwarnings", "ignore:Python 3.14 will:DeprecationWarning")
     # Matplotlib before 3.10.7 calls pyparsing by its old names

@@ -187,8 +187,8 @@ def plot_mistakes(path: str, images: Tensor, labels: Tensor, logits: Tensor, cla
 
 
 def plot_positions(path: str, model: VisionTransformer, title: str):
-    """Cosine similarity of a learned position with all others, for each of the patches, or 8 x 8 of
-    them (ViT, figure 7)."""
+    """Cosine similarity of a learned position with all others, for each of the patches, or at most
+    8 x 8 of them (ViT, figure 7)."""
     # Without the class token's, which is the first: (P, D).
     table = model.pos_embed.detach()[0, -model.config.num_patches :].cpu()
     side = model.config.side

@@ -28,10 +28,13 @@ from testing import make_parser
 from vit import VisionTransformer, ViTConfig
 
 ROOT = Path(__file__).parent
-PAGES = {
-    name: (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "TUTORIAL.md", "RESULTS.md")
-}
+
+
+def source(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+PAGES = {name: source(ROOT / name) for name in ("README.md", "TUTORIAL.md", "RESULTS.md")}
 README, TUTORIAL, RESULTS = PAGES.values()
 # With a paragraph on one line, so that a command or an exercise may be wrapped.
 FLAT = {name: re.sub(r"(?<!\n)\n(?![\n|])", " ", page) for name, page in PAGES.items()}
@@ -146,8 +149,8 @@ def test_the_map_names_every_file_and_what_it_imports():
     rooms = {path.stem for path in ROOT.glob("*.py") if not path.stem.startswith("test")}
     assert set(files) == rooms - {"conftest"}
     for i, (name, imported) in enumerate(rows):
-        source = (ROOT / f"{name}.py").read_text()
-        found = set(re.findall(r"^(?:import|from) (\w+)", source, re.MULTILINE)) & set(files)
+        text = source(ROOT / f"{name}.py")
+        found = set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)) & set(files)
         if imported.strip() == "all above":
             assert found <= set(files[:i]), name
         else:
@@ -164,7 +167,7 @@ def test_the_weights_are_of_the_preset_and_the_pages_say_what_they_reached(folde
     best = checkpoint.load_checkpoint(ROOT / f"assets/{folder}/best.pt")
     recorded, preset = best["train"] | best["vit"], PRESETS["laptop"] | changed
     assert {name: recorded[name] for name in preset} == preset
-    metrics = json.loads((ROOT / f"assets/{folder}/metrics.json").read_text())
+    metrics = json.loads(source(ROOT / f"assets/{folder}/metrics.json"))
     assert metrics["split"] == "test" and metrics["epoch"] == best["epoch"]
     config, vit_config = recipe.build_configs(preset)
     images = 45_000 // config.batch_size * config.batch_size * config.epochs
@@ -193,7 +196,7 @@ def test_every_file_and_test_that_a_page_names_exists(name):
     files -= {"attention.py", "layers.py", "main.py", "test.py"}  # of other repositories
     files |= set(re.findall(r"\bassets/[\w./-]+\w", PAGES[name]))
     assert [file for file in sorted(files) if not (ROOT / file).exists()] == []
-    tests = "".join(path.read_text() for path in ROOT.glob("test_*.py"))
+    tests = "".join(source(path) for path in ROOT.glob("test_*.py"))
     named = re.findall(r"`(test_\w+)`", PAGES[name])
     assert [test for test in named if f"def {test}(" not in tests] == []
 
@@ -215,7 +218,7 @@ def test_every_selection_of_the_tutorial_selects_a_test():
     assert len(chosen) >= 16
     for file, quoted, single in chosen:
         for word in (quoted or single).split(" or "):
-            assert re.search(rf"^def test_\w*{word}", (ROOT / file).read_text(), re.MULTILINE), word
+            assert re.search(rf"^def test_\w*{word}", source(ROOT / file), re.MULTILINE), word
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -257,7 +260,7 @@ def test_every_chapter_of_the_tutorial_has_an_exercise():
 
 def test_every_exercise_fits_the_files():
     for file, old, new, _ in BREAK_IT:
-        assert (ROOT / file).read_text().count(old) == 1 and old != new, old
+        assert source(ROOT / file).count(old) == 1 and old != new, old
 
 
 def test_every_row_of_the_cost_table_can_be_done():
@@ -266,7 +269,7 @@ def test_every_row_of_the_cost_table_can_be_done():
     for what, change in COST:
         if edit := re.match(CHANGE, change):
             file, old, new = edit.groups()
-            assert (ROOT / file).read_text().count(old) and old != new, what
+            assert source(ROOT / file).count(old) and old != new, what
         elif flags := re.fullmatch(r"`(--.+)`", change):
             preset, typed = recipe.parse(["--preset", "demo", *flags[1].split()], make_parser())
             recipe.build_configs({**preset, **typed})
@@ -281,8 +284,9 @@ def test_every_row_of_the_cost_table_can_be_done():
 def test_breaking_it_as_the_tutorial_says_turns_the_named_test_red(tmp_path, file, old, new, test):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    (tmp_path / file).write_text((tmp_path / file).read_text().replace(old, new))
-    where = next(path.name for path in ROOT.glob("test_*.py") if f"def {test}(" in path.read_text())
+    text = source(tmp_path / file).replace(old, new)
+    (tmp_path / file).write_text(text, encoding="utf-8")
+    where = next(path.name for path in ROOT.glob("test_*.py") if f"def {test}(" in source(path))
     pytest_quietly = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command = [*pytest_quietly, where, "-k", test]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

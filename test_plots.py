@@ -63,7 +63,6 @@ def test_drawing_leaves_matplotlibs_settings_as_they_were(monkeypatch):
     assert dict(os.environ) == environment
 
 
-@pytest.mark.filterwarnings("error:constrained_layout not applied")  # where there is no room
 def test_no_word_of_a_picture_is_cut_off(tmp_path):
     """Two classes, one image and four patches make the smallest pictures, here with long words. All
     around is a white edge."""
@@ -93,6 +92,7 @@ def test_the_data_are_called_what_they_are_and_a_folder_by_its_own_name():
     """As "folder" says nothing."""
     names = [plots.title_of(source, "my/pets/") for source in ("cifar10", "shapes", "folder")]
     assert names == ["cifar10", "shapes", "pets"]
+    assert plots.title_of("folder", ".") == os.path.basename(os.getcwd())
 
 
 def test_a_name_that_is_cut_says_so():
@@ -108,6 +108,7 @@ def test_the_picture_of_the_confusion_matrix_shows_shares_of_the_true_class(axes
     [axis] = axes
     expected = torch.tensor([[3 / 4, 1 / 4, 0], [0, 1 / 3, 2 / 3], [0, 0, 0]])
     close(shown(axis.images[0]).float(), expected, 1e-6)
+    assert axis.images[0].get_clim() == (0, 1)
     counts = {text.get_position(): int(text.get_text()) for text in axis.texts}
     assert counts == {(j, i): n for i, row in enumerate(confusion) for j, n in enumerate(row) if n}
     for text in axis.texts:

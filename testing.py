@@ -59,7 +59,7 @@ def peak_memory(call):
 
 
 def assert_rate(count, n, p):
-    """A binomial count within 6 standard deviations: false alarm 2e-9 (used where n p >= 50)."""
+    """A binomial count within 6 standard deviations: false alarm 2e-9 (used where n p >= 20)."""
     assert abs(count - n * p) < 6 * math.sqrt(n * p * (1 - p)), f"{count} of {n}, expected {n * p}"
 
 
