@@ -269,7 +269,7 @@ def versions(device: torch.device) -> dict:
     # At the top of another repository these files may be untracked: its commit is not theirs.
     # Without one, git is not called: on a Mac without developer tools it would open a window.
     is_own = (folder / ".git").exists() and git("ls-files", "machine.py") == "machine.py"
-    describe = ("describe", "--always", "--exclude=*", "--dirty", "--abbrev=12")  # and no tag
+    describe = ("describe", "--always", "--exclude=*", "--dirty", "--abbrev=12")  # by no tag
     name = f"{device.type} ({platform.machine()})"
     return {
         "commit": git(*describe) if is_own else "unknown",

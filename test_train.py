@@ -840,7 +840,7 @@ def test_processes_on_gpus_that_compute_in_different_dtypes_are_refused(joined, 
         seen[:] = [mine, torch.float16 if isinstance(mine, torch.dtype) else mine]
 
     monkeypatch.setattr(train.dist, "all_gather_object", all_gather_object)
-    with pytest.raises(ValueError, match="give --dtype float16"):
+    with pytest.raises(ValueError, match="give --dtype float32"):
         prepare(world=2)
 
 

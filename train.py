@@ -226,7 +226,10 @@ def prepare(preset: dict, flags: dict, rank: int, world: int) -> Run:
             "that all of them share, and --data-dir had better, too"
         )
     if not machine.all_see(machine.pick_dtype(config.dtype, device), world):
-        raise ValueError("the processes' GPUs compute in different dtypes: give --dtype float16")
+        raise ValueError(
+            "the processes' devices compute in different dtypes: give --dtype float32 "
+            "(or, to GPUs, float16)"
+        )
     dataset = replace(dataset, train_images=torch.empty(0))  # split, they need not be kept twice
     n = len(train_set[0])
     recipe.refuse_hours(config, vit_config, device.type, n, done)
